@@ -1,0 +1,55 @@
+"""kvkern: compute a document's KV cache once, publish it, and let any number of readers attend to it in place."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvkern.attention import KVView, Plan, prefix_attention, resolve
+    from kvkern.errors import (
+        IntegrityError,
+        KvkernError,
+        LayoutError,
+        SpecMismatchError,
+        UnsupportedError,
+    )
+    from kvkern.layout import Published
+    from kvkern.model_patch.register import patch, unpatch
+    from kvkern.model_patch.store import Prefix, Store
+    from kvkern.spec import KVSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "IntegrityError": "errors",
+    "KVSpec": "spec",
+    "KVView": "attention",
+    "KvkernError": "errors",
+    "LayoutError": "errors",
+    "Plan": "attention",
+    "Prefix": "model_patch.store",
+    "Published": "layout",
+    "SpecMismatchError": "errors",
+    "Store": "model_patch.store",
+    "UnsupportedError": "errors",
+    "patch": "model_patch.register",
+    "prefix_attention": "attention",
+    "resolve": "attention",
+    "unpatch": "model_patch.register",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: `import kvkern` loads neither transformers nor triton."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvkern' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kvkern.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,335 @@
+"""The functional API: what a reader sees (`KVView`), what would run (`resolve`), and the attention itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from kvkern.contract import KEY_RUN, KEY_RUN_LONG, TILE_TOKENS
+from kvkern.errors import LayoutError, UnsupportedError
+from kvkern.kernels import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KeyRun = Literal["stock", 512, 1024]
+Profile = Literal["exact", "fast"]
+Backend = Literal["auto", "c", "triton"]
+
+
+@dataclass(frozen=True)
+class KVView:
+    """The keys and values of B readers in one layer: tiles of P shared prefixes, and each reader's own suffix tiles.
+
+    Everything goes by absolute position. Reader b owns `prefix_len[reader_prefix[b]]` prefix keys, then `suffix_len[b]`
+    suffix keys. Its tiles before `prefix_len // 64` come from the pool; the first suffix tile starts at position
+    `64 * (prefix_len // 64)` with a copy of the prefix's last `prefix_len % 64` tokens.
+
+    Attributes:
+        pool: bf16 anchor on the device; offsets count elements from its data pointer.
+        block_table: `[P, max_blocks, 2]` int64, offset of each block's K and V; a block holds
+            `k [tiles, layers, kv_heads, head_dim, 64]` and `v [tiles, layers, kv_heads, 64, head_dim]`.
+        prefix_len: `[P]` int32, tokens.
+        reader_prefix: `[B]` int32, the row of `block_table` that a reader uses.
+        suffix_k: `[B, kv_heads, tiles, head_dim, 64]` bf16.
+        suffix_v: `[B, kv_heads, tiles, 64, head_dim]` bf16, with the strides of `suffix_k`.
+        suffix_len: `[B]` int32, tokens after the prefix, the queries of this call among them.
+        query_len: `[B]` int32: the last `query_len[b]` rows of q are queries, the rows before are padding.
+        num_layers: layers that a block holds.
+        layer: the layer that is attended to.
+        block_tiles: tiles of a full block.
+    """
+
+    pool: Tensor
+    block_table: Tensor
+    prefix_len: Tensor
+    reader_prefix: Tensor
+    suffix_k: Tensor
+    suffix_v: Tensor
+    suffix_len: Tensor
+    query_len: Tensor
+    num_layers: int = 1
+    layer: int = 0
+    block_tiles: int = 4
+
+    @classmethod
+    def from_dense(
+        cls, k: Tensor, v: Tensor, *, lens: Tensor | None = None, query_len: Tensor | int = 1
+    ) -> KVView:
+        """Pack plain K and V as suffixes without a prefix.
+
+        Args:
+            k: `[B, kv_heads, T, head_dim]` bf16.
+            v: the same shape and dtype.
+            lens: `[B]` int32, the last `lens[b]` of the T tokens belong to reader b; all T when None.
+            query_len: `[B]` int32 or one number, query rows per reader.
+
+        Returns:
+            A view over new tiles; k and v are copied.
+
+        Raises:
+            LayoutError: k and v differ in shape, or are not bf16 of rank 4.
+        """
+        if (
+            k.shape != v.shape
+            or k.dim() != 4
+            or k.dtype != torch.bfloat16
+            or v.dtype != torch.bfloat16
+        ):
+            raise LayoutError(
+                f"k and v must be bfloat16 [B, kv_heads, T, head_dim] of one shape, got {tuple(k.shape)} {k.dtype} "
+                f"and {tuple(v.shape)} {v.dtype}"
+            )
+        batch, heads, length, head_dim = k.shape
+        count = _int32(length, batch) if lens is None else lens
+        tiles = max(1, -(-length // TILE_TOKENS))
+        suffix_k = k.new_zeros(batch, heads, tiles, head_dim, TILE_TOKENS)
+        suffix_v = v.new_zeros(batch, heads, tiles, TILE_TOKENS, head_dim)
+        native.append(
+            _dense_rows(k), _dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count
+        )
+        return cls(
+            pool=suffix_k,
+            block_table=torch.zeros(1, 0, 2, dtype=torch.int64),
+            prefix_len=_int32(0, 1),
+            reader_prefix=_int32(0, batch),
+            suffix_k=suffix_k,
+            suffix_v=suffix_v,
+            suffix_len=count,
+            query_len=_int32(query_len, batch) if isinstance(query_len, int) else query_len,
+        )
+
+    def at_layer(self, layer: int, suffix_k: Tensor, suffix_v: Tensor) -> KVView:
+        """Return the same readers at another layer, whose suffix tiles are given."""
+        return replace(self, layer=layer, suffix_k=suffix_k, suffix_v=suffix_v)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call would run.
+
+    Attributes:
+        backend: `c` or `triton`.
+        profile: `exact` or `fast`.
+        launches: kernel launches per layer; 1 for the C call.
+        bytes_moved: bytes of K and V tiles, q and out, each read or written once.
+        reason: why this backend, in words.
+    """
+
+    backend: str
+    profile: str
+    launches: int
+    bytes_moved: int
+    reason: str
+
+
+def resolve(
+    q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backend = "auto"
+) -> Plan:
+    """Say which backend and profile `prefix_attention` would take, and what it would move.
+
+    Args:
+        q: `[B, num_q_heads, Tq, head_dim]` bf16.
+        kv: the readers.
+        profile: `exact` follows the numeric contract.
+        backend: `auto` takes C on a CPU.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LayoutError: q or kv is malformed; the message names the field.
+        UnsupportedError: no backend runs this profile on this device.
+    """
+    if profile != "exact":
+        raise UnsupportedError(
+            f"profile {profile!r} does not run on {q.device.type}: this version has 'exact' only"
+        )
+    if backend not in ("auto", "c") or q.device.type != "cpu":
+        raise UnsupportedError(
+            f"backend {backend!r} on device {q.device.type!r} is not available: this version runs backend 'c' on a CPU"
+        )
+    _validate(q, kv)
+    row_bytes = 2 * kv.suffix_k.shape[1] * q.shape[3] * q.element_size()
+    prefix_len = kv.prefix_len[torch.unique(kv.reader_prefix)]
+    keys = int(prefix_len.sum()) + int(kv.suffix_len.sum())
+    bytes_moved = keys * row_bytes + 2 * q.numel() * q.element_size()
+    return Plan(
+        "c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend"
+    )
+
+
+def prefix_attention(
+    q: Tensor,
+    kv: KVView,
+    *,
+    sm_scale: float | None = None,
+    profile: Profile = "exact",
+    key_run: KeyRun = "stock",
+    backend: Backend = "auto",
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend causally to shared prefixes and own suffixes, in place over their tiles.
+
+    Args:
+        q: `[B, num_q_heads, Tq, head_dim]` bf16, innermost axis dense. Rows before the last `query_len[b]` are padding.
+        kv: the readers; query row t sees all keys but the last `Tq - 1 - t`.
+        sm_scale: factor of the scores; `head_dim ** -0.5` when None.
+        profile: `exact`.
+        key_run: keys of one output chain: 512 is the contract, "stock" follows stock eager's rule, 1024 is its long run.
+        backend: `auto` or `c`.
+        return_lse: also return the log-sum-exp.
+        out: `[B, Tq, num_q_heads, head_dim]` bf16 to write into; a new tensor when None.
+        scratch_bound_bytes: long Tq is split so that scratch stays under it, or under what one query position of every
+            reader needs (4 bytes a query head and key), whichever is more.
+
+    Returns:
+        out, or (out, lse) with lse `[B, num_q_heads, Tq]` fp32 in natural log, -inf for padding rows.
+
+    Raises:
+        LayoutError: an argument is malformed; the message names it.
+        UnsupportedError: no backend runs this.
+
+    Bits:
+        Out depends on q, the keys and values by position, sm_scale and key_run alone: not on the prefix boundary, the
+        block table, the order of readers, threads, or the split of Tq. lse is accurate to fp32, and not part of the contract.
+
+    Source:
+        The order is that of Hugging Face `eager` on a CPU with AVX512_BF16 (numeric contract eager-bf16-v1, part A).
+
+    Example:
+        >>> import torch, kvkern
+        >>> k, v = torch.randn(2, 1, 8, 300, 128).bfloat16()
+        >>> q = torch.randn(1, 32, 1, 128).bfloat16()
+        >>> kvkern.prefix_attention(q, kvkern.KVView.from_dense(k, v)).shape
+        torch.Size([1, 1, 32, 128])
+    """
+    resolve(q, kv, profile=profile, backend=backend)
+    if key_run not in ("stock", KEY_RUN, KEY_RUN_LONG):
+        raise LayoutError(f"key_run must be 'stock', {KEY_RUN} or {KEY_RUN_LONG}, got {key_run!r}")
+    batch, num_q_heads, rows, head_dim = q.shape
+    shape = (batch, rows, num_q_heads, head_dim)
+    if out is None:
+        out = q.new_empty(shape)
+    elif tuple(out.shape) != shape or out.dtype != torch.bfloat16 or out.stride(-1) != 1:
+        raise LayoutError(
+            f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}"
+        )
+    lse = torch.empty(batch, num_q_heads, rows) if return_lse else None
+    launch(
+        q, kv, out, lse, sm_scale=sm_scale, key_run=key_run, scratch_bound_bytes=scratch_bound_bytes
+    )
+    return (out, lse) if lse is not None else out
+
+
+def launch(
+    q: Tensor,
+    kv: KVView,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    sm_scale: float | None = None,
+    key_run: KeyRun = "stock",
+    scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
+) -> None:
+    """Run a call that has been validated: the hot path of the model patch. Arguments as in `prefix_attention`."""
+    layer_size = kv.suffix_k.shape[1] * q.shape[3] * TILE_TOKENS
+    native.attend(
+        q,
+        out,
+        lse,
+        pool=kv.pool,
+        block_table=kv.block_table,
+        block_tiles=kv.block_tiles,
+        stride_tile=kv.num_layers * layer_size,
+        layer_offset=kv.layer * layer_size,
+        prefix_len=kv.prefix_len,
+        reader_prefix=kv.reader_prefix,
+        suffix_len=kv.suffix_len,
+        query_len=kv.query_len,
+        suffix_k=kv.suffix_k,
+        suffix_v=kv.suffix_v,
+        sm_scale=q.shape[3] ** -0.5 if sm_scale is None else sm_scale,
+        key_run=0 if key_run == "stock" else key_run,
+        scratch_bound_bytes=scratch_bound_bytes,
+    )
+
+
+def _int32(value: int, length: int) -> Tensor:
+    return torch.full((length,), value, dtype=torch.int32)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _validate(q: Tensor, kv: KVView) -> None:
+    """Refuse what the backend would read out of bounds or misread, naming the field."""
+
+    def need(condition: bool, field: str, given: object, allowed: str) -> None:
+        if not condition:
+            raise LayoutError(f"{field} is {given}; it must be {allowed}")
+
+    need(q.dim() == 4 and q.dtype == torch.bfloat16 and q.stride(-1) == 1, "q", f"{tuple(q.shape)} {q.dtype}",
+         "bfloat16 [B, num_q_heads, Tq, head_dim] with a dense last axis")  # fmt: skip
+    batch, num_q_heads, rows, head_dim = q.shape
+    need(
+        16 <= head_dim <= 512 and head_dim % 16 == 0,
+        "head_dim",
+        head_dim,
+        "a multiple of 16 from 16 to 512",
+    )
+    for name, last_two in (
+        ("suffix_k", (head_dim, TILE_TOKENS)),
+        ("suffix_v", (TILE_TOKENS, head_dim)),
+    ):
+        tiles: Tensor = getattr(kv, name)
+        need(
+            tiles.dim() == 5 and tiles.dtype == torch.bfloat16 and tuple(tiles.shape[-2:]) == last_two
+            and tiles.shape[0] == batch and tiles[0, 0, 0].is_contiguous(),
+            name, f"{tuple(tiles.shape)} {tiles.dtype}", f"bfloat16 [{batch}, kv_heads, tiles, {last_two[0]}, {last_two[1]}], "
+            "its last two axes dense",
+        )  # fmt: skip
+    need(kv.suffix_k.stride()[:3] == kv.suffix_v.stride()[:3] and kv.suffix_k.shape[:3] == kv.suffix_v.shape[:3],
+         "suffix_v", f"{tuple(kv.suffix_v.shape)} with strides {kv.suffix_v.stride()}", "laid out like suffix_k")  # fmt: skip
+    num_kv_heads = kv.suffix_k.shape[1]
+    need(
+        num_q_heads % num_kv_heads == 0,
+        "num_q_heads",
+        num_q_heads,
+        f"a multiple of the {num_kv_heads} KV heads",
+    )
+    for name in ("reader_prefix", "suffix_len", "query_len"):
+        field: Tensor = getattr(kv, name)
+        need(field.dtype == torch.int32 and tuple(field.shape) == (batch,) and field.is_contiguous(), name,
+             f"{tuple(field.shape)} {field.dtype}", f"contiguous int32 [{batch}]")  # fmt: skip
+    table = kv.block_table
+    need(table.dtype == torch.int64 and table.dim() == 3 and table.shape[2] == 2 and table.is_contiguous(), "block_table",
+         f"{tuple(table.shape)} {table.dtype}", "contiguous int64 [P, max_blocks, 2]")  # fmt: skip
+    need(kv.prefix_len.dtype == torch.int32 and tuple(kv.prefix_len.shape) == (table.shape[0],), "prefix_len",
+         f"{tuple(kv.prefix_len.shape)} {kv.prefix_len.dtype}", f"int32 [{table.shape[0]}]")  # fmt: skip
+    need(kv.pool.dtype == torch.bfloat16, "pool", kv.pool.dtype, "bfloat16")
+    need(0 <= kv.layer < kv.num_layers, "layer", kv.layer, f"from 0 to {kv.num_layers - 1}")
+    if batch == 0:
+        return
+    low, high = int(kv.reader_prefix.min()), int(kv.reader_prefix.max())
+    need(
+        low >= 0 and high < table.shape[0],
+        "reader_prefix",
+        f"{low} .. {high}",
+        f"from 0 to {table.shape[0] - 1}",
+    )
+    prefix_len = kv.prefix_len[kv.reader_prefix]
+    block = kv.block_tiles * TILE_TOKENS
+    need(int(kv.prefix_len.min()) >= 0 and int(prefix_len.max()) // TILE_TOKENS * TILE_TOKENS <= table.shape[1] * block,
+         "prefix_len", kv.prefix_len.tolist(), f"0 .. {table.shape[1] * block}, the blocks that block_table lists")  # fmt: skip
+    need(int(kv.suffix_len.min()) >= 0, "suffix_len", kv.suffix_len.tolist(), "at least 0")
+    slots = int((prefix_len % TILE_TOKENS + kv.suffix_len).max())
+    need(slots <= kv.suffix_k.shape[2] * TILE_TOKENS, "suffix_k", f"{kv.suffix_k.shape[2]} tiles a reader",
+         f"at least {-(-slots // TILE_TOKENS)} tiles for suffix_len and the prefix's last tokens")  # fmt: skip
+    need(int(kv.query_len.min()) >= 0 and int(kv.query_len.max()) <= rows, "query_len", kv.query_len.tolist(),
+         f"from 0 to the {rows} rows of q")  # fmt: skip

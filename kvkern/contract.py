@@ -1,0 +1,37 @@
+"""The numeric contract's constants and ids; csrc_ref/contract.h is the twin, and a test compares them bit for bit."""
+
+from __future__ import annotations
+
+CONTRACT_ID = "eager-bf16-v1"
+
+TILE_TOKENS = 64
+"""Tokens of one tile, and lanes of one score chain."""
+SUM_LANES = 16
+"""Lanes of the softmax sum (A4)."""
+KEY_RUN = 512
+"""Keys of one output chain under the contract (A5)."""
+KEY_RUN_LONG = 1024
+"""Keys of one output chain in stock, for 2 query rows or more over more than 1,024 keys."""
+
+EXP_LOG2E = float.fromhex("0x1.715476p+0")
+EXP_LN2_HI = float.fromhex("0x1.62e4p-1")
+EXP_LN2_LO = float.fromhex("0x1.7f7d1cp-20")
+EXP_C6 = float.fromhex("0x1.a057b4p-13")
+EXP_C5 = float.fromhex("0x1.6d2d92p-10")
+EXP_C4 = float.fromhex("0x1.11114cp-7")
+EXP_C3 = float.fromhex("0x1.5554f4p-5")
+EXP_C2 = float.fromhex("0x1.555556p-3")
+EXP_C1 = float.fromhex("0x1p-1")
+EXP_MIN = -104.0
+
+BF16_NAN = 0x7FC0
+
+
+def stock_key_run(query_rows: int, columns: int) -> int:
+    """Return the run length of stock eager for one reader's call.
+
+    Args:
+        query_rows: the reader's own query rows in this call, before any split.
+        columns: all of its keys in this call, masked ones included.
+    """
+    return KEY_RUN if query_rows == 1 or columns <= 1024 else KEY_RUN_LONG

@@ -1,0 +1,344 @@
+"""PrefixCache: the cache that transformers sees. One shared prefix in place, and each reader's own suffix tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvkern.attention import KVView
+from kvkern.contract import TILE_TOKENS
+from kvkern.errors import KvkernError, UnsupportedError
+from kvkern.kernels import native
+from kvkern.model_patch.register import IMPLEMENTATION, is_patched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvkern.model_patch.store import Prefix
+
+HANDLE_ATTRIBUTE = "kvkern_handle"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one forward adds, the same for all layers.
+
+    Attributes:
+        columns: columns of the cache before and after it.
+        mask: `[B, columns after]` bool, False where padded.
+        query_len: `[B]` int32, tokens that are no padding.
+        first_slot: `[B]` int32, where they go in the suffix tiles.
+        suffix_len: `[B]` int32, suffix tokens after it.
+        slots: suffix slots of the longest reader after it.
+        readers: `[B]` int32 zeros, the row of the block table that every reader uses.
+    """
+
+    columns: tuple[int, int]
+    mask: Tensor
+    query_len: Tensor
+    first_slot: Tensor
+    suffix_len: Tensor
+    slots: int
+    readers: Tensor
+
+
+class PrefixCache(Cache):
+    """A cache over an attached prefix, made by `Prefix.prepare`. Readers share the prefix; each owns a suffix.
+
+    Columns are what transformers counts: prefix, then padding of ragged questions, then tokens. Padding is never stored.
+    """
+
+    def __init__(self, prefix: Prefix, batch: int) -> None:
+        super().__init__(
+            layers=[PrefixCacheLayer(prefix.tokens) for _ in range(prefix.spec.num_layers)]
+        )
+        self.prefix = prefix
+        self._mask = torch.ones(batch, prefix.tokens, dtype=torch.bool)
+        self._suffix_len = torch.zeros(batch, dtype=torch.int32)
+        self._tail = prefix.tokens % TILE_TOKENS
+        self._shared = {
+            "pool": prefix.pool.anchor,
+            "block_table": prefix.pool.block_table[None].contiguous(),
+            "prefix_len": torch.tensor([prefix.tokens], dtype=torch.int32),
+            "num_layers": prefix.spec.num_layers,
+        }
+        self._step: _Step | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns that complete forwards have added, the prefix among them."""
+        return self.layers[-1].columns
+
+    @property
+    def lens(self) -> Tensor:
+        """`[B]` int32, tokens of each reader, prefix included and padding not."""
+        return self._suffix_len + self.prefix.tokens
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether prepare() has announced tokens that no forward has brought yet."""
+        return self._mask.shape[1] > self.columns
+
+    def announce(self, mask: Tensor) -> Tensor:
+        """Record the padding of the tokens that come next.
+
+        Args:
+            mask: `[B, T]` bool, False where padded.
+
+        Returns:
+            The mask of all columns, `[B, columns + T]` bool.
+        """
+        self._mask = torch.cat([self._mask, mask], dim=1)
+        return self._mask
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new K and V to the suffix tiles of a layer.
+
+        Args:
+            key_states: `[B, kv_heads, T, head_dim]` bf16, after RoPE.
+            value_states: the same shape and dtype.
+            layer_idx: the layer; layers come in rising order within a forward.
+
+        Returns:
+            Twice an empty meta tensor that carries a `LayerHandle`: whatever is not kvkern's attention fails on it
+            instead of computing something.
+
+        Raises:
+            UnsupportedError: the model is not patched, a dtype or head_dim is not supported, or the batch changed.
+            KvkernError: an earlier forward on this cache was interrupted.
+        """
+        layer: PrefixCacheLayer = self.layers[layer_idx]
+        if layer_idx == 0:
+            self._begin_step(key_states)
+        step = self._step
+        if step is None or step.columns[0] != layer.columns:
+            raise KvkernError(
+                "this cache is half updated, an earlier forward was interrupted: take a fresh one from prepare()"
+            )
+        if key_states.shape != value_states.shape:
+            raise UnsupportedError(
+                f"value states {tuple(value_states.shape)} differ from key states {tuple(key_states.shape)}: kvkern needs "
+                "one head_dim for both"
+            )
+        batch, heads, _, head_dim = key_states.shape
+        if step.slots > (0 if layer.suffix_k is None else layer.suffix_k.shape[2] * TILE_TOKENS):
+            layer.reserve(batch, heads, head_dim, step.slots, self.prefix.tail(layer_idx))
+        native.append(
+            key_states,
+            value_states,
+            layer.suffix_k,
+            layer.suffix_v,
+            step.first_slot,
+            step.query_len,
+        )
+        layer.columns = step.columns[1]
+        handle = torch.empty(0, device="meta")
+        setattr(handle, HANDLE_ATTRIBUTE, LayerHandle(self, layer_idx))
+        return handle, handle
+
+    def _begin_step(self, key_states: Tensor) -> None:
+        config = self.prefix.model.config
+        if not is_patched(config):
+            raise UnsupportedError(
+                f"a PrefixCache under attention {config._attn_implementation!r}: the model is not patched. "
+                f"Call kvkern.patch(model), which selects {IMPLEMENTATION!r}, before it reads an attached prefix."
+            )
+        if key_states.dtype != torch.bfloat16:
+            raise UnsupportedError(f"keys in {key_states.dtype}: kvkern caches bfloat16")
+        self._expand(key_states.shape[0])
+        before = self.layers[0].columns
+        after = before + key_states.shape[2]
+        if self._mask.shape[1] < after:
+            ones = self._mask.new_ones(self._mask.shape[0], after - self._mask.shape[1])
+            self._mask = torch.cat([self._mask, ones], dim=1)
+        query_len = self._mask[:, before:after].sum(1, dtype=torch.int32)
+        first_slot = self._suffix_len + self._tail
+        suffix_len = self._suffix_len + query_len
+        slots = int(suffix_len.max()) + self._tail
+        readers = torch.zeros_like(query_len)
+        self._step = _Step(
+            (before, after),
+            self._mask[:, :after],
+            query_len,
+            first_slot,
+            suffix_len,
+            slots,
+            readers,
+        )
+        self._suffix_len = suffix_len
+
+    def _expand(self, batch: int) -> None:
+        """Beams and several returned sequences repeat the rows that prepare() knew."""
+        known = self._mask.shape[0]
+        if batch == known:
+            return
+        if batch % known or self.columns != self.prefix.tokens:
+            raise UnsupportedError(
+                f"a batch of {batch} rows on a cache of {known}: take a cache for this batch from prepare()"
+            )
+        self._mask = self._mask.repeat_interleave(batch // known, dim=0)
+        self._suffix_len = self._suffix_len.repeat_interleave(batch // known)
+
+    def view(self, layer_idx: int, attention_mask: Tensor | None) -> KVView:
+        """Return what the kernel reads in one layer of the present forward.
+
+        Raises:
+            UnsupportedError: attention_mask disagrees with the padding that this cache has skipped.
+        """
+        step, layer = self._step, self.layers[layer_idx]
+        if layer_idx == 0:
+            agrees = (
+                bool(step.mask.all())
+                if attention_mask is None
+                else torch.equal(attention_mask, step.mask)
+            )
+            if not agrees:
+                raise UnsupportedError(
+                    "attention_mask differs from the padding that prepare() announced: pass the mask that prepare() "
+                    "returned; pads stand between the prefix and the question only"
+                )
+        return KVView(
+            **self._shared,
+            reader_prefix=step.readers,
+            suffix_k=layer.suffix_k,
+            suffix_v=layer.suffix_v,
+            suffix_len=step.suffix_len,
+            query_len=step.query_len,
+            layer=layer_idx,
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens of every reader; a negative count, as in transformers."""
+        count = -tokens_to_remove
+        if count < 0:
+            raise ValueError(
+                f"crop takes a negative count of tokens to remove, got {tokens_to_remove}"
+            )
+        columns = self.columns - count
+        if columns < self.prefix.tokens or not bool(self._mask[:, columns : self.columns].all()):
+            raise UnsupportedError(
+                f"crop of {count} tokens would cut into the shared prefix or into padding"
+            )
+        self._mask = self._mask[:, :columns]
+        self._suffix_len = self._suffix_len - count
+        for layer in self.layers:
+            layer.columns = columns
+
+    def reset(self) -> None:
+        """Forget all suffixes; the prefix stays attached."""
+        self._mask = self._mask[:, : self.prefix.tokens]
+        self._suffix_len = torch.zeros_like(self._suffix_len)
+        self.layers = [PrefixCacheLayer(self.prefix.tokens) for _ in self.layers]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the suffixes for beam search; the prefix is shared and stays."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every reader `repeats` times."""
+        self.batch_select_indices(torch.arange(self._mask.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the readers `indices`, in that order; their suffixes are copied."""
+        self._mask = self._mask.index_select(0, indices)
+        self._suffix_len = self._suffix_len.index_select(0, indices)
+        tiles = -(-(int(self._suffix_len.max()) + self._tail) // TILE_TOKENS)
+        for layer in self.layers:
+            layer.select(indices, tiles)
+
+
+@dataclass(frozen=True)
+class LayerHandle:
+    """What `PrefixCache.update` puts on the key, for the attention function to find."""
+
+    cache: PrefixCache
+    layer_idx: int
+
+    def view(self, module: torch.nn.Module, attention_mask: Tensor | None) -> KVView:
+        """Return what the kernel reads, for the module that attends.
+
+        Raises:
+            UnsupportedError: the module belongs to another model than the one that opened the prefix.
+        """
+        if module.config is not self.cache.prefix.model.config.get_text_config():
+            raise UnsupportedError(
+                "this cache belongs to another model object: open the document for the model that reads it"
+            )
+        return self.cache.view(self.layer_idx, attention_mask)
+
+
+class PrefixCacheLayer(CacheLayerMixin):
+    """The suffix tiles of one layer, and how many columns it has seen. PrefixCache does the updating."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.suffix_k: Tensor | None = None
+        self.suffix_v: Tensor | None = None
+
+    def reserve(
+        self, batch: int, heads: int, head_dim: int, slots: int, tail: tuple[Tensor, Tensor]
+    ) -> None:
+        """Make room for `slots` suffix slots a reader, by doubling; new tiles begin with the prefix's tail.
+
+        Args:
+            batch: readers.
+            heads: KV heads.
+            head_dim: channels.
+            slots: slots needed in all.
+            tail: K `[heads, head_dim, t]` and V `[heads, t, head_dim]` of the prefix's last t tokens past its last full tile.
+        """
+        tiles = -(-slots // TILE_TOKENS)
+        old_k, old_v = self.suffix_k, self.suffix_v
+        if old_k is not None and tiles <= old_k.shape[2]:
+            return
+        capacity = tiles + 1 if old_k is None else 2 * tiles
+        self.suffix_k = torch.zeros(
+            batch, heads, capacity, head_dim, TILE_TOKENS, dtype=torch.bfloat16
+        )
+        self.suffix_v = torch.zeros(
+            batch, heads, capacity, TILE_TOKENS, head_dim, dtype=torch.bfloat16
+        )
+        if old_k is None:
+            self.suffix_k[:, :, 0, :, : tail[0].shape[-1]] = tail[0]
+            self.suffix_v[:, :, 0, : tail[1].shape[-2]] = tail[1]
+        else:
+            self.suffix_k[:, :, : old_k.shape[2]] = old_k
+            self.suffix_v[:, :, : old_v.shape[2]] = old_v
+
+    def select(self, rows: Tensor, tiles: int) -> None:
+        """Take the given readers' first `tiles` tiles."""
+        if self.suffix_k is not None:
+            self.suffix_k = self.suffix_k[:, :, :tiles].index_select(0, rows)
+            self.suffix_v = self.suffix_v[:, :, :tiles].index_select(0, rows)
+
+    def get_seq_length(self) -> int:
+        """Return the columns that this layer has seen: prefix, padding and suffix."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (key columns, offset of the first) for a forward of `query_length` columns."""
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the suffix grows without bound."""
+        return -1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Unused: PrefixCache.update appends for all of its layers."""
+        raise NotImplementedError("call PrefixCache.update")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Unused: `reserve` allocates on the first update."""

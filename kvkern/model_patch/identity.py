@@ -1,0 +1,100 @@
+"""The KVSpec of a live model: everything in its weights and configuration that changes KV."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvkern.spec import KVSpec, model_weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Fields of a configuration that cannot change KV. Whatever is not listed here is part of the spec: an unknown field
+# may cost a refusal, never a wrong cache.
+_IRRELEVANT = frozenset(
+    """
+    _name_or_path _model_name_or_path architectures attention_dropout attn_implementation bos_token_id eos_token_id
+    pad_token_id unk_token_id sep_token_id decoder_start_token_id chunk_size_feed_forward dtype torch_dtype id2label
+    label2id initializer_range is_decoder is_encoder_decoder output_attentions output_hidden_states pretraining_tp
+    problem_type quantization_config return_dict tie_word_embeddings tokenizer_class transformers_version use_cache
+    cross_attention_hidden_size add_cross_attention tie_encoder_decoder prefix finetuning_task task_specific_params
+    max_position_embeddings num_hidden_layers num_attention_heads num_key_value_heads head_dim model_type
+    max_window_layers layer_types sliding_window use_sliding_window
+    """.split()
+)
+
+
+def spec_of(model: PreTrainedModel, *, producer: str = "stock", salt: str = "") -> KVSpec:
+    """Return the spec under which this model publishes and reads.
+
+    The weights digest costs one pass over the weights (SHA-256, in parallel) and is kept until a weight changes.
+
+    Args:
+        model: a causal LM with full causal attention.
+        producer: `stock`, or `contract`.
+        salt: keeps documents of different owners apart.
+
+    Returns:
+        The spec.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    return KVSpec(
+        weights=model_weights_digest(model),
+        architecture=type(model).__name__,
+        num_layers=config.num_hidden_layers,
+        num_q_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        config={
+            name: value
+            for name, value in sorted(_plain(config.to_dict()).items())
+            if name not in _IRRELEVANT
+        },
+        dtype=str(model.dtype).removeprefix("torch."),
+        producer=producer,
+        producer_info=_stock_info(model) if producer == "stock" else {},
+        salt=salt,
+    )
+
+
+def _stock_info(model: PreTrainedModel) -> dict[str, str]:
+    return {
+        "attn_implementation": str(model.config._attn_implementation),
+        "device": cpu_isa()
+        if model.device.type == "cpu"
+        else torch.cuda.get_device_name(model.device),
+        "torch": str(torch.__version__),
+    }
+
+
+@functools.cache
+def cpu_isa() -> str:
+    """Name the widest bf16 instruction set of this CPU, which decides stock's order of sums."""
+    try:
+        flags = set(
+            re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            .group(1)
+            .split()
+        )
+    except (OSError, AttributeError):
+        return "cpu"
+    for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"):
+        if flag in flags:
+            return flag
+    return "cpu"
+
+
+def _plain(value: Any) -> Any:
+    """Keep JSON scalars and mappings of them; None and empty values say nothing."""
+    if isinstance(value, dict):
+        kept = {str(name).replace(".", "_"): _plain(item) for name, item in value.items()}
+        return {name: item for name, item in kept.items() if item not in (None, {})}
+    if isinstance(value, (list, tuple)):
+        return {str(i): _plain(item) for i, item in enumerate(value)}
+    return value if isinstance(value, (bool, int, float, str)) else None

@@ -1,0 +1,264 @@
+"""Store and Prefix: publish a model's KV of a document, open it for a model, prepare readers. Loads transformers late."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvkern.contract import TILE_TOKENS
+from kvkern.errors import LayoutError, SpecMismatchError, UnsupportedError
+from kvkern.layout import (
+    BLOCK_TILES,
+    BlockStore,
+    Document,
+    MappedPool,
+    Published,
+    Report,
+    Summary,
+    map_pool,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from kvkern.model_patch.cache import PrefixCache
+    from kvkern.spec import KVSpec
+
+    Progress = Callable[[int, int], None]
+
+
+class Store:
+    """A directory of published documents.
+
+    Args:
+        root: the directory, created when missing.
+
+    Example:
+        >>> store = kvkern.Store("kv-store")                                      # doctest: +SKIP
+        >>> done = store.publish(model, tokenizer(text).input_ids)                # doctest: +SKIP
+        >>> kvkern.patch(model)                                                   # doctest: +SKIP
+        >>> with store.open(done.digest, model) as prefix:                        # doctest: +SKIP
+        ...     out = model.generate(**prefix.prepare(question_ids), max_new_tokens=64)
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Open or create the store."""
+        self.blocks = BlockStore(root)
+
+    def publish(
+        self,
+        model: PreTrainedModel,
+        doc_ids: Tensor | Sequence[int],
+        *,
+        producer: str = "stock",
+        salt: str = "",
+        progress: Progress | None = None,
+    ) -> Published:
+        """Compute a document's KV by one prefill of the model as it is, and publish it.
+
+        Patch the model first when the document is long: kvkern's attention never builds a score matrix of all
+        queries by all keys, and has the bits of stock `eager`.
+
+        Args:
+            model: a causal LM with full causal attention, in bf16.
+            doc_ids: `[n]` or `[1, n]` token ids.
+            producer: `stock`: whatever attention the model runs now; it is recorded.
+            salt: keeps documents of different owners apart.
+            progress: called with (done, total) bytes while blocks are written.
+
+        Returns:
+            Published(digest, tokens, blocks_new, blocks_reused, payload_bytes).
+
+        Raises:
+            UnsupportedError: the model or the producer is outside what kvkern publishes.
+            LayoutError: the ids are malformed, or KV holds NaN or infinity.
+
+        Bits:
+            KV is what the model computed, unchanged. Stock's KV of a token depends on the length of the prefill
+            once it crosses 1,024 tokens.
+        """
+        from kvkern.model_patch.identity import spec_of
+        from kvkern.model_patch.register import require_supported
+
+        if producer != "stock":
+            raise UnsupportedError(
+                f"producer {producer!r} is not available: this version publishes 'stock'"
+            )
+        require_supported(model)
+        ids = torch.as_tensor(doc_ids).reshape(1, -1)
+        if ids.numel() == 0 or ids.is_floating_point():
+            raise LayoutError(
+                f"doc_ids must be at least one integer id, got {ids.numel()} of {ids.dtype}"
+            )
+        spec = spec_of(model, producer=producer, salt=salt)
+        k, v = prefill(model, ids)
+        return self.put(spec, ids, k, v, progress=progress)
+
+    def put(
+        self,
+        spec: KVSpec,
+        token_ids: Tensor | Sequence[int],
+        k: Tensor,
+        v: Tensor,
+        *,
+        progress: Progress | None = None,
+    ) -> Published:
+        """Publish KV that the caller has; see `layout.BlockStore.put` for shapes and errors."""
+        return self.blocks.put(spec, token_ids, k, v, progress=progress)
+
+    def open(
+        self,
+        digest: str,
+        model: PreTrainedModel,
+        *,
+        producer: str | None = None,
+        salt: str | None = None,
+        progress: Progress | None = None,
+    ) -> Prefix:
+        """Verify a document, map it, and bind it to the model that will read it.
+
+        Args:
+            digest: the document's name, or at least its first 8 hex digits.
+            model: the model; its weights digest is computed once and kept until a weight changes.
+            producer: insist on a producer; None accepts any.
+            salt: the salt it was published with; None means the empty salt.
+            progress: called with (done, total) bytes while blocks are verified.
+
+        Returns:
+            A Prefix; also a context manager.
+
+        Raises:
+            IntegrityError: stored bytes are not what their digest names; the file is named.
+            SpecMismatchError: the model, producer or salt differs; the field and both values are named.
+            LayoutError: no such document, or a file of another form.
+        """
+        from kvkern.model_patch.identity import spec_of
+
+        stored = self.blocks.manifest(digest).spec
+        mine = spec_of(model, producer=stored.producer, salt=salt or "")
+        difference = stored.first_difference(mine, ignore=("producer", "producer_info"))
+        if producer is not None and producer != stored.producer:
+            difference = ("producer", stored.producer, producer)
+        if difference is not None:
+            raise SpecMismatchError(*difference)
+        return Prefix(self.blocks.get(digest, progress=progress), model)
+
+    def ls(self) -> list[Summary]:
+        """Return the published documents."""
+        return self.blocks.ls()
+
+    def verify(self, digest: str | None = None, *, progress: Progress | None = None) -> Report:
+        """Check every byte of a document, or of the whole store, and return all defects found."""
+        return self.blocks.verify(digest, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A published document, verified and mapped, bound to the model that reads it. Any number of readers share it.
+
+    Attributes:
+        document: manifest and mapped shards.
+        model: the reader.
+    """
+
+    document: Document
+    model: PreTrainedModel
+
+    @property
+    def digest(self) -> str:
+        """The document's name."""
+        return self.document.manifest.digest
+
+    @property
+    def spec(self) -> KVSpec:
+        """What made the KV."""
+        return self.document.manifest.spec
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the document."""
+        return self.document.manifest.num_tokens
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """The document's token ids, `[tokens]` int64."""
+        return self.document.token_ids()
+
+    @cached_property
+    def pool(self) -> MappedPool:
+        """What kernels read: the mapped shards, in place."""
+        return map_pool(self.document.shards)
+
+    def prepare(
+        self,
+        input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        attention_mask: Tensor | None = None,
+        cache: PrefixCache | None = None,
+        after: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Build the inputs of `model.generate(**inputs)` or `model(**inputs)` for readers of this document.
+
+        Args:
+            input_ids: tokens that follow the document: `[T]`, `[B, T]`, or a list of rows of different length.
+                Every row is a reader.
+            attention_mask: `[B, T]`, 0 where a tokenizer has padded, on either side.
+            cache: a live cache of this prefix, for a further turn; a fresh one when None.
+            after: the output of the last `generate()` on that cache. Its last token was sampled and never read by the
+                model, so it is put in front of `input_ids`. Leave it out when `input_ids` begins with that token.
+
+        Returns:
+            `input_ids [B, T]`, `attention_mask [B, columns + T]`, `position_ids [B, T]`, `past_key_values`. Padding of
+            ragged rows stands between the prefix and the tokens; the output of generate() begins with `input_ids`,
+            without the document.
+
+        Raises:
+            UnsupportedError: no token is given: the prefix would cover the whole prompt.
+            LayoutError: ids, mask, cache or after are malformed or do not belong together.
+        """
+        from kvkern.model_patch.inputs import prepare
+
+        return prepare(self, input_ids, attention_mask=attention_mask, cache=cache, after=after)
+
+    def tail(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return K `[kv_heads, head_dim, t]` and V `[kv_heads, t, head_dim]` of the t = tokens % 64 last tokens."""
+        count = self.tokens % TILE_TOKENS
+        tile = self.tokens // TILE_TOKENS
+        if count == 0:
+            tile -= 1
+        shard = self.document.shards[tile // BLOCK_TILES]
+        k, v = shard.k[tile % BLOCK_TILES, layer], shard.v[tile % BLOCK_TILES, layer]
+        return k[..., :count], v[..., :count, :]
+
+    def __enter__(self) -> Prefix:
+        """Return the prefix."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave; the mappings go when the last reader's cache goes."""
+
+
+def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the model once over `ids [1, n]` and return K and V `[layers, kv_heads, n, head_dim]` bf16."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(
+            input_ids=ids.to(model.device),
+            attention_mask=torch.ones_like(ids, device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return tuple(
+        torch.cat([getattr(layer, name) for layer in cache.layers]).cpu()
+        for name in ("keys", "values")
+    )
