@@ -55,9 +55,7 @@ class KVView:
     block_tiles: int = 4
 
     @classmethod
-    def from_dense(
-        cls, k: Tensor, v: Tensor, *, lens: Tensor | None = None, query_len: Tensor | int = 1
-    ) -> KVView:
+    def from_dense(cls, k: Tensor, v: Tensor, *, lens: Tensor | None = None, query_len: Tensor | int = 1) -> KVView:
         """Pack plain K and V as suffixes without a prefix.
 
         Args:
@@ -72,12 +70,7 @@ class KVView:
         Raises:
             LayoutError: k and v differ in shape, or are not bf16 of rank 4.
         """
-        if (
-            k.shape != v.shape
-            or k.dim() != 4
-            or k.dtype != torch.bfloat16
-            or v.dtype != torch.bfloat16
-        ):
+        if k.shape != v.shape or k.dim() != 4 or k.dtype != torch.bfloat16 or v.dtype != torch.bfloat16:
             raise LayoutError(
                 f"k and v must be bfloat16 [B, kv_heads, T, head_dim] of one shape, got {tuple(k.shape)} {k.dtype} "
                 f"and {tuple(v.shape)} {v.dtype}"
@@ -87,9 +80,7 @@ class KVView:
         tiles = max(1, -(-length // TILE_TOKENS))
         suffix_k = k.new_zeros(batch, heads, tiles, head_dim, TILE_TOKENS)
         suffix_v = v.new_zeros(batch, heads, tiles, TILE_TOKENS, head_dim)
-        native.append(
-            _dense_rows(k), _dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count
-        )
+        native.append(_dense_rows(k), _dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count)
         return cls(
             pool=suffix_k,
             block_table=torch.zeros(1, 0, 2, dtype=torch.int64),
@@ -125,9 +116,7 @@ class Plan:
     reason: str
 
 
-def resolve(
-    q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backend = "auto"
-) -> Plan:
+def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backend = "auto") -> Plan:
     """Say which backend and profile `prefix_attention` would take, and what it would move.
 
     Args:
@@ -144,9 +133,7 @@ def resolve(
         UnsupportedError: no backend runs this profile on this device.
     """
     if profile != "exact":
-        raise UnsupportedError(
-            f"profile {profile!r} does not run on {q.device.type}: this version has 'exact' only"
-        )
+        raise UnsupportedError(f"profile {profile!r} does not run on {q.device.type}: this version has 'exact' only")
     if backend not in ("auto", "c") or q.device.type != "cpu":
         raise UnsupportedError(
             f"backend {backend!r} on device {q.device.type!r} is not available: this version runs backend 'c' on a CPU"
@@ -156,9 +143,7 @@ def resolve(
     prefix_len = kv.prefix_len[torch.unique(kv.reader_prefix)]
     keys = int(prefix_len.sum()) + int(kv.suffix_len.sum())
     bytes_moved = keys * row_bytes + 2 * q.numel() * q.element_size()
-    return Plan(
-        "c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend"
-    )
+    return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
 
 
 def prefix_attention(
@@ -216,13 +201,9 @@ def prefix_attention(
     if out is None:
         out = q.new_empty(shape)
     elif tuple(out.shape) != shape or out.dtype != torch.bfloat16 or out.stride(-1) != 1:
-        raise LayoutError(
-            f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}"
-        )
+        raise LayoutError(f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}")
     lse = torch.empty(batch, num_q_heads, rows) if return_lse else None
-    launch(
-        q, kv, out, lse, sm_scale=sm_scale, key_run=key_run, scratch_bound_bytes=scratch_bound_bytes
-    )
+    launch(q, kv, out, lse, sm_scale=sm_scale, key_run=key_run, scratch_bound_bytes=scratch_bound_bytes)
     return (out, lse) if lse is not None else out
 
 
@@ -290,7 +271,7 @@ def _validate(q: Tensor, kv: KVView) -> None:
         tiles: Tensor = getattr(kv, name)
         need(
             tiles.dim() == 5 and tiles.dtype == torch.bfloat16 and tuple(tiles.shape[-2:]) == last_two
-            and tiles.shape[0] == batch and tiles[0, 0, 0].is_contiguous(),
+            and tiles.shape[0] == batch and tiles.stride()[-2:] == (last_two[1], 1),
             name, f"{tuple(tiles.shape)} {tiles.dtype}", f"bfloat16 [{batch}, kv_heads, tiles, {last_two[0]}, {last_two[1]}], "
             "its last two axes dense",
         )  # fmt: skip

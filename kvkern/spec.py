@@ -40,9 +40,7 @@ def canonical_json(obj: Any) -> bytes:
     try:
         text = json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise LayoutError(
-            f"not encodable as canonical JSON: {error}. Use finite scalars."
-        ) from None
+        raise LayoutError(f"not encodable as canonical JSON: {error}. Use finite scalars.") from None
     return text.encode("ascii")
 
 

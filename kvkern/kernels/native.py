@@ -39,10 +39,7 @@ class AttentionCall(ctypes.Structure):
     """Mirror of `kv_attention` in csrc_ref/kvkern.h, which documents every field."""
 
     _fields_ = [
-        *(
-            (name, _int64)
-            for name in ("num_readers", "max_query_len", "num_q_heads", "num_kv_heads", "head_dim")
-        ),
+        *((name, _int64) for name in ("num_readers", "max_query_len", "num_q_heads", "num_kv_heads", "head_dim")),
         ("q", _pointer),
         *((name, _int64) for name in ("stride_qb", "stride_qh", "stride_qt")),
         ("out", _pointer),
@@ -79,6 +76,7 @@ class Build:
     compiler: str
     compiler_version: str
     flags: tuple[str, ...]
+    sources: Path
     library: Path
 
 
@@ -88,40 +86,37 @@ def source_dir() -> Path:
     for folder in (package / "csrc_ref", package.parent / "csrc_ref"):
         if (folder / "kvkern.h").is_file():
             return folder
-    raise LayoutError(
-        f"csrc_ref is missing beside {package}: the installation is incomplete, reinstall kvkern"
-    )
+    raise LayoutError(f"csrc_ref is missing beside {package}: the installation is incomplete, reinstall kvkern")
 
 
-def plan_build() -> Build:
+def plan_build(sources: Path | None = None) -> Build:
     """Choose compiler, flags and the cached library's path.
+
+    Args:
+        sources: folder of the C sources; csrc_ref when None.
 
     Raises:
         UnsupportedError: there is no C compiler.
     """
-    compiler = (
-        shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    )
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise UnsupportedError(
             "no C compiler found (looked for $CC, cc, gcc, clang): kvkern's CPU backend is C and is compiled on first "
             "use. Install one (Debian: apt-get install gcc libc6-dev) or set CC to its path."
         )
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=False
-    ).stdout.split("\n")[0]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
     flags = [*_BIT_SAFE_FLAGS, "-march=native"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
     if _openmp_runtime() is not None:
         flags.append("-fopenmp")
     key = hashlib.sha256()
-    folder = source_dir()
+    folder = sources or source_dir()
     for path in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     key.update("\0".join([compiler, version, *flags, platform.machine(), _cpu_features()]).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvkern" / "csrc"
-    return Build(compiler, version, tuple(flags), cache / f"libkvkern-{key.hexdigest()[:32]}.so")
+    return Build(compiler, version, tuple(flags), folder, cache / f"libkvkern-{key.hexdigest()[:32]}.so")
 
 
 def compile_library(build: Build) -> Path:
@@ -133,7 +128,7 @@ def compile_library(build: Build) -> Path:
     if build.library.exists():
         return build.library
     build.library.parent.mkdir(parents=True, exist_ok=True)
-    sources = [str(source_dir() / name) for name in _SOURCES]
+    sources = [str(build.sources / name) for name in _SOURCES]
     with tempfile.TemporaryDirectory(dir=build.library.parent) as folder:
         objects = [str(Path(folder) / f"{Path(name).stem}.o") for name in _SOURCES]
         shared = str(Path(folder) / "library.so")
@@ -153,10 +148,19 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: no compiler, or it failed.
     """
+    return load_library(compile_library(plan_build()))
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load a compiled csrc_ref and declare its functions.
+
+    Raises:
+        LayoutError: it has another ABI than this file.
+    """
     runtime = _openmp_runtime()
     if runtime is not None:
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-    lib = ctypes.CDLL(str(compile_library(plan_build())))
+    lib = ctypes.CDLL(str(path))
     lib.kv_attend_scratch_bytes.restype = lib.kv_abi.restype = _int64
     lib.kv_attend_scratch_bytes.argtypes = [_pointer, _int64]
     lib.kv_contract_id.restype = ctypes.c_char_p
@@ -164,9 +168,7 @@ def library() -> ctypes.CDLL:
     lib.kv_exp.argtypes = lib.kv_round16.argtypes = [_pointer, _pointer, _int64]
     lib.kv_append.restype = None
     if lib.kv_abi() != ABI:
-        raise LayoutError(
-            f"csrc_ref has ABI {lib.kv_abi()}, native.py expects {ABI}: reinstall kvkern"
-        )
+        raise LayoutError(f"csrc_ref has ABI {lib.kv_abi()}, native.py expects {ABI}: reinstall kvkern")
     return lib
 
 
@@ -232,9 +234,7 @@ def attend(
     assert status == 0, f"kv_attend returned {status}"
 
 
-def append(
-    k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor
-) -> None:
+def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
     """Write the last `count[b]` of each reader's new tokens into its suffix tiles.
 
     Args:
@@ -277,9 +277,7 @@ def _cpu_features() -> str:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise UnsupportedError(
-            f"compiling kvkern's C backend failed: {' '.join(command)}\n{done.stderr.strip()}"
-        )
+        raise UnsupportedError(f"compiling kvkern's C backend failed: {' '.join(command)}\n{done.stderr.strip()}")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,7 @@ class BlockStore:
         if not marker.exists():
             names = {p.name for p in self.root.iterdir() if not p.name.startswith(_TEMPORARY)}
             if names - {"format", *_FOLDERS}:
-                raise LayoutError(
-                    f"{self.root}: not a kvkern store; give a new or an empty directory"
-                )
+                raise LayoutError(f"{self.root}: not a kvkern store; give a new or an empty directory")
             _write_atomically(marker, FORMAT.encode())
         found = marker.read_text(errors="replace").strip()
         if found != FORMAT:
@@ -153,9 +151,7 @@ class BlockStore:
         """
         ids = token_tensor(token_ids)
         for name, tensor in (("k", k), ("v", v)):
-            require_finite_kv(
-                name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim)
-            )
+            require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
         k_tiles, v_tiles = pack(k, v)
 
         def publish_block(i: int) -> tuple[str, bool]:
@@ -184,9 +180,7 @@ class BlockStore:
         new = sum(is_new for _, is_new in done)
         return Published(manifest.digest, ids.numel(), new, len(done) - new, sum(sizes))
 
-    def get(
-        self, digest: str, *, verify: str = "auto", progress: Progress | None = None
-    ) -> Document:
+    def get(self, digest: str, *, verify: str = "auto", progress: Progress | None = None) -> Document:
         """Map and verify a document's blocks.
 
         Args:
@@ -238,9 +232,7 @@ class BlockStore:
         if len(found) == 1:
             return found[0]
         if found:
-            raise LayoutError(
-                f"digest {prefix} is ambiguous: {', '.join(found[:4])}. Give more digits."
-            )
+            raise LayoutError(f"digest {prefix} is ambiguous: {', '.join(found[:4])}. Give more digits.")
         near = sorted(known, key=lambda d: -len(os.path.commonprefix([d, prefix])))[:4]
         listing = f"nearby are {', '.join(near)}" if near else "the store is empty"
         raise LayoutError(f"digest {prefix} is not in {self.root}: {listing}")
@@ -353,9 +345,7 @@ class BlockStore:
             return decode_index(path.read_bytes(), manifest.digest, len(manifest.blocks))
         except (LayoutError, OSError) as error:
             why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-            warnings.warn(
-                f"{path} {why}; rebuilding it from the manifest and its blocks", stacklevel=3
-            )
+            warnings.warn(f"{path} {why}; rebuilding it from the manifest and its blocks", stacklevel=3)
         keys = chain_keys(manifest.spec.digest, self.get(manifest.digest).token_ids())
         self._write_index(manifest, keys)
         return keys
@@ -368,9 +358,7 @@ class BlockStore:
         try:
             _write_atomically(path, encode_index(manifest.digest, keys))
         except OSError as error:  # the document itself is published and safe
-            warnings.warn(
-                f"{path} could not be written ({error}); searches rebuild it", stacklevel=3
-            )
+            warnings.warn(f"{path} could not be written ({error}); searches rebuild it", stacklevel=3)
 
 
 def _in_threads(
@@ -397,9 +385,7 @@ def _in_threads(
 def _holds(path: Path, data: bytes) -> bool:
     try:
         info = path.lstat()
-        return (
-            stat.S_ISREG(info.st_mode) and info.st_size == len(data) and path.read_bytes() == data
-        )
+        return stat.S_ISREG(info.st_mode) and info.st_size == len(data) and path.read_bytes() == data
     except FileNotFoundError:
         return False
 

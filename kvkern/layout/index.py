@@ -63,9 +63,7 @@ def chain_keys(spec_digest: str, token_ids: Tensor) -> tuple[str, ...]:
     keys = []
     for start in range(0, len(ids), BLOCK_TOKENS):
         block: np.ndarray = ids[start : start + BLOCK_TOKENS]
-        key = tagged_sha256(
-            "kvkern-chain-v1", key, len(block).to_bytes(4, "little"), block.tobytes()
-        )
+        key = tagged_sha256("kvkern-chain-v1", key, len(block).to_bytes(4, "little"), block.tobytes())
         keys.append(key.hex())
     return tuple(keys)
 
@@ -122,6 +120,4 @@ def decode_index(data: bytes, manifest_digest: str, num_blocks: int) -> tuple[st
 
 
 def _check(manifest_digest: str, keys: Sequence[str]) -> str:
-    return tagged_sha256(
-        "kvkern-index-v1", manifest_digest.encode(), *(k.encode() for k in keys)
-    ).hex()
+    return tagged_sha256("kvkern-index-v1", manifest_digest.encode(), *(k.encode() for k in keys)).hex()

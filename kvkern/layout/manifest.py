@@ -36,20 +36,15 @@ class Manifest:
     def __post_init__(self) -> None:
         """Check that the counts agree and the ids are ids."""
         if type(self.num_tokens) is not int or not 1 <= self.num_tokens < MAX_TOKENS:
-            raise LayoutError(
-                f"manifest field 'num_tokens': got {self.num_tokens!r}, allowed is 1 to 2^31-1"
-            )
+            raise LayoutError(f"manifest field 'num_tokens': got {self.num_tokens!r}, allowed is 1 to 2^31-1")
         want = blocks_for(self.num_tokens)
         if len(self.blocks) != want:
             raise LayoutError(
-                f"manifest field 'blocks': got {len(self.blocks)} ids, "
-                f"{self.num_tokens} tokens take {want}"
+                f"manifest field 'blocks': got {len(self.blocks)} ids, {self.num_tokens} tokens take {want}"
             )
         for i, block_id in enumerate(self.blocks):
             if not is_digest(block_id):
-                raise LayoutError(
-                    f"manifest field 'blocks[{i}]': {block_id!r} is not 64 lower-case hex digits"
-                )
+                raise LayoutError(f"manifest field 'blocks[{i}]': {block_id!r} is not 64 lower-case hex digits")
 
     @cached_property
     def digest(self) -> str:
@@ -90,26 +85,18 @@ class Manifest:
         """
         name = f"manifest {expected_digest}.json"
         if len(data) > MAX_MANIFEST_BYTES:
-            raise LayoutError(
-                f"{name}: {len(data)} bytes are over the limit of {MAX_MANIFEST_BYTES}"
-            )
+            raise LayoutError(f"{name}: {len(data)} bytes are over the limit of {MAX_MANIFEST_BYTES}")
         found = hashlib.sha256(data).hexdigest()
         if found != expected_digest:
-            raise IntegrityError(
-                f"{name}: SHA-256 is {found}. Publish the document again or copy the file."
-            )
+            raise IntegrityError(f"{name}: SHA-256 is {found}. Publish the document again or copy the file.")
         obj = parse_json(data, name)
         if set(obj) != _KEYS:
-            raise LayoutError(
-                f"{name}: fields are {sorted(obj)}, FORMAT.md requires {sorted(_KEYS)}"
-            )
+            raise LayoutError(f"{name}: fields are {sorted(obj)}, FORMAT.md requires {sorted(_KEYS)}")
         if obj["format"] != FORMAT:
             raise LayoutError(f"{name}: format is {obj['format']!r}, this kvkern reads {FORMAT!r}")
         if not isinstance(obj["blocks"], list):
             raise LayoutError(f"{name}: field 'blocks' must be a list")
         manifest = cls(KVSpec.from_json(obj["spec"]), obj["num_tokens"], tuple(obj["blocks"]))
         if manifest.to_bytes() != data:
-            raise LayoutError(
-                f"{name}: not canonical JSON (sorted keys, no spaces, ASCII, shortest numbers)"
-            )
+            raise LayoutError(f"{name}: not canonical JSON (sorted keys, no spaces, ASCII, shortest numbers)")
         return manifest

@@ -102,9 +102,7 @@ def encode_shard(spec: KVSpec, first: int, token_ids: Tensor, k: Tensor, v: Tens
     text += " " * (-(8 + len(header)) % ALIGNMENT_BYTES)
     data = safetensors.torch.save(tensors, metadata={"kvkern": text})
     if (8 + int.from_bytes(data[:8], "little")) % ALIGNMENT_BYTES:
-        raise LayoutError(
-            "this safetensors version writes another header than 0.8; install safetensors 0.8"
-        )
+        raise LayoutError("this safetensors version writes another header than 0.8; install safetensors 0.8")
     return data
 
 
@@ -181,9 +179,7 @@ def _map(path: Path, *, populate: bool = True) -> mmap.mmap:
         if not stat.S_ISREG(info.st_mode):
             raise LayoutError(f"{path}: a block must be a regular file")
         if info.st_size > MAX_SHARD_BYTES:
-            raise LayoutError(
-                f"{path}: size {info.st_size} is over the limit of {MAX_SHARD_BYTES} bytes"
-            )
+            raise LayoutError(f"{path}: size {info.st_size} is over the limit of {MAX_SHARD_BYTES} bytes")
         if info.st_size < ALIGNMENT_BYTES:
             raise IntegrityError(
                 f"{path}: truncated to {info.st_size} bytes, a block has at least "
@@ -203,9 +199,7 @@ def _check_digest(buffer: np.ndarray, path: Path, block_id: str, *, fast: bool) 
         given = "xxh3_128 is not the one verified earlier in this process"
     else:
         sha, xxh = hashlib.sha256(), xxhash.xxh3_128()
-        for start in range(
-            0, len(buffer), _STEP_BYTES
-        ):  # both hashes see a step while it is in the cache
+        for start in range(0, len(buffer), _STEP_BYTES):  # both hashes see a step while it is in the cache
             step = buffer[start : start + _STEP_BYTES]
             sha.update(step)
             xxh.update(step)
@@ -296,9 +290,7 @@ def _tensors(buffer: np.ndarray, form: dict[str, Any]) -> dict[str, Tensor]:
     payload = torch.from_numpy(buffer)[form["start"] :]
     dtypes = {"I32": torch.int32, "BF16": torch.bfloat16}
     return {
-        name: payload[slice(*entry["data_offsets"])]
-        .view(dtypes[entry["dtype"]])
-        .view(entry["shape"])
+        name: payload[slice(*entry["data_offsets"])].view(dtypes[entry["dtype"]]).view(entry["shape"])
         for name, entry in form["tensors"].items()
     }
 
@@ -306,9 +298,7 @@ def _tensors(buffer: np.ndarray, form: dict[str, Any]) -> dict[str, Tensor]:
 def _check_padding(views: dict[str, Tensor], count: int, path: Path) -> None:
     ids, rest = views["tokens"].reshape(-1), count % TILE_TOKENS
     if bool((ids[:count] < 0).any()) or bool((ids[count:] != -1).any()):
-        raise LayoutError(
-            f"{path}: tokens: ids >= 0 are required up to count {count}, -1 behind it"
-        )
+        raise LayoutError(f"{path}: tokens: ids >= 0 are required up to count {count}, -1 behind it")
     if not rest:
         return
     tails = {"k": views["k"][-1, ..., rest:], "v": views["v"][-1, :, :, rest:]}

@@ -74,13 +74,8 @@ def unpack(k_tiles: Tensor, v_tiles: Tensor, n: int) -> tuple[Tensor, Tensor]:
             "[tiles, layers, kv_heads, 64, head_dim]"
         )
     if n < 1 or tiles_for(n) != tiles:
-        raise LayoutError(
-            f"n is {n}, but {tiles} tiles hold {64 * tiles - 63} to {64 * tiles} tokens"
-        )
-    k, v = (
-        torch.empty((layers, heads, n, head_dim), dtype=torch.int16, device=t.device)
-        for t in (k_tiles, v_tiles)
-    )
+        raise LayoutError(f"n is {n}, but {tiles} tiles hold {64 * tiles - 63} to {64 * tiles} tokens")
+    k, v = (torch.empty((layers, heads, n, head_dim), dtype=torch.int16, device=t.device) for t in (k_tiles, v_tiles))
     _move(k, k_tiles.view(torch.int16).transpose(3, 4), n, into_tiles=False)
     _move(v, v_tiles.view(torch.int16), n, into_tiles=False)
     return k.view(torch.bfloat16), v.view(torch.bfloat16)
@@ -117,9 +112,7 @@ def _require(tensor: Tensor, name: str, rank: int) -> None:
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise LayoutError(f"{name} must be a torch.bfloat16 tensor, got {given}; use a bf16 model")
     if tensor.dim() != rank or tensor.numel() == 0:
-        raise LayoutError(
-            f"{name} must have {rank} non-empty dimensions, got {tuple(tensor.shape)}"
-        )
+        raise LayoutError(f"{name} must have {rank} non-empty dimensions, got {tuple(tensor.shape)}")
 
 
 def _allocate(like: Tensor, shape: tuple[int, ...], n: int) -> Tensor:

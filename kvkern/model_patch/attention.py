@@ -65,9 +65,7 @@ def attention_forward(
     return out, None
 
 
-def _attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
+def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Attend over a cache of plain tensors; each row is packed without its padding, so it has the bits of a lone row."""
     if k.device.type == "meta":
         raise KvkernError(
@@ -84,9 +82,7 @@ def _attend_plain(
     lens = mask.sum(1, dtype=torch.int32)
     query_len = mask[:, columns - rows :].sum(1, dtype=torch.int32)
     is_suffix = mask[:, 1:] >= mask[:, :-1]
-    if not bool(
-        is_suffix.all()
-    ):  # padding between or after the tokens: bring each row's tokens to its end
+    if not bool(is_suffix.all()):  # padding between or after the tokens: bring each row's tokens to its end
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
         k, v = (x.gather(2, order.expand_as(x)) for x in (k, v))
         _require_trailing_queries(mask[:, columns - rows :])
@@ -96,9 +92,7 @@ def _attend_plain(
 
 def _require_trailing_queries(query_mask: Tensor) -> None:
     if not bool((query_mask[:, 1:] >= query_mask[:, :-1]).all()):
-        raise UnsupportedError(
-            "padding after a row's tokens: pad on the left (tokenizer.padding_side = 'left')"
-        )
+        raise UnsupportedError("padding after a row's tokens: pad on the left (tokenizer.padding_side = 'left')")
 
 
 def _refuse(
@@ -113,17 +107,13 @@ def _refuse(
             f"attention in {query.dtype}: kvkern is exact in bfloat16, load the model with dtype=torch.bfloat16"
         )
     if dropout:
-        raise UnsupportedError(
-            f"attention dropout {dropout}: kvkern computes inference only, call model.eval()"
-        )
+        raise UnsupportedError(f"attention dropout {dropout}: kvkern computes inference only, call model.eval()")
     if mask is not None and mask.dim() != 2:
         raise UnsupportedError(
             f"a {mask.dim()}D attention mask: kvkern takes causal attention with a 2D padding mask only"
         )
     if not getattr(module, "is_causal", True):
-        raise UnsupportedError(
-            f"{type(module).__name__} is not causal: kvkern computes causal attention only"
-        )
+        raise UnsupportedError(f"{type(module).__name__} is not causal: kvkern computes causal attention only")
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:
             raise UnsupportedError(f"{name}={given!r} in attention: kvkern does not compute it")

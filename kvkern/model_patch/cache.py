@@ -52,9 +52,7 @@ class PrefixCache(Cache):
     """
 
     def __init__(self, prefix: Prefix, batch: int) -> None:
-        super().__init__(
-            layers=[PrefixCacheLayer(prefix.tokens) for _ in range(prefix.spec.num_layers)]
-        )
+        super().__init__(layers=[PrefixCacheLayer(prefix.tokens) for _ in range(prefix.spec.num_layers)])
         self.prefix = prefix
         self._mask = torch.ones(batch, prefix.tokens, dtype=torch.bool)
         self._suffix_len = torch.zeros(batch, dtype=torch.int32)
@@ -192,11 +190,7 @@ class PrefixCache(Cache):
         """
         step, layer = self._step, self.layers[layer_idx]
         if layer_idx == 0:
-            agrees = (
-                bool(step.mask.all())
-                if attention_mask is None
-                else torch.equal(attention_mask, step.mask)
-            )
+            agrees = bool(step.mask.all()) if attention_mask is None else torch.equal(attention_mask, step.mask)
             if not agrees:
                 raise UnsupportedError(
                     "attention_mask differs from the padding that prepare() announced: pass the mask that prepare() "
@@ -216,14 +210,10 @@ class PrefixCache(Cache):
         """Forget the last `-tokens_to_remove` tokens of every reader; a negative count, as in transformers."""
         count = -tokens_to_remove
         if count < 0:
-            raise ValueError(
-                f"crop takes a negative count of tokens to remove, got {tokens_to_remove}"
-            )
+            raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
         columns = self.columns - count
         if columns < self.prefix.tokens or not bool(self._mask[:, columns : self.columns].all()):
-            raise UnsupportedError(
-                f"crop of {count} tokens would cut into the shared prefix or into padding"
-            )
+            raise UnsupportedError(f"crop of {count} tokens would cut into the shared prefix or into padding")
         self._mask = self._mask[:, :columns]
         self._suffix_len = self._suffix_len - count
         for layer in self.layers:
@@ -286,9 +276,7 @@ class PrefixCacheLayer(CacheLayerMixin):
         self.suffix_k: Tensor | None = None
         self.suffix_v: Tensor | None = None
 
-    def reserve(
-        self, batch: int, heads: int, head_dim: int, slots: int, tail: tuple[Tensor, Tensor]
-    ) -> None:
+    def reserve(self, batch: int, heads: int, head_dim: int, slots: int, tail: tuple[Tensor, Tensor]) -> None:
         """Make room for `slots` suffix slots a reader, by doubling; new tiles begin with the prefix's tail.
 
         Args:
@@ -303,12 +291,8 @@ class PrefixCacheLayer(CacheLayerMixin):
         if old_k is not None and tiles <= old_k.shape[2]:
             return
         capacity = tiles + 1 if old_k is None else 2 * tiles
-        self.suffix_k = torch.zeros(
-            batch, heads, capacity, head_dim, TILE_TOKENS, dtype=torch.bfloat16
-        )
-        self.suffix_v = torch.zeros(
-            batch, heads, capacity, TILE_TOKENS, head_dim, dtype=torch.bfloat16
-        )
+        self.suffix_k = torch.zeros(batch, heads, capacity, head_dim, TILE_TOKENS, dtype=torch.bfloat16)
+        self.suffix_v = torch.zeros(batch, heads, capacity, TILE_TOKENS, head_dim, dtype=torch.bfloat16)
         if old_k is None:
             self.suffix_k[:, :, 0, :, : tail[0].shape[-1]] = tail[0]
             self.suffix_v[:, :, 0, : tail[1].shape[-2]] = tail[1]
@@ -334,9 +318,7 @@ class PrefixCacheLayer(CacheLayerMixin):
         """Return -1: the suffix grows without bound."""
         return -1
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Unused: PrefixCache.update appends for all of its layers."""
         raise NotImplementedError("call PrefixCache.update")
 

@@ -51,11 +51,7 @@ def spec_of(model: PreTrainedModel, *, producer: str = "stock", salt: str = "") 
         num_q_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        config={
-            name: value
-            for name, value in sorted(_plain(config.to_dict()).items())
-            if name not in _IRRELEVANT
-        },
+        config={name: value for name, value in sorted(_plain(config.to_dict()).items()) if name not in _IRRELEVANT},
         dtype=str(model.dtype).removeprefix("torch."),
         producer=producer,
         producer_info=_stock_info(model) if producer == "stock" else {},
@@ -66,9 +62,7 @@ def spec_of(model: PreTrainedModel, *, producer: str = "stock", salt: str = "") 
 def _stock_info(model: PreTrainedModel) -> dict[str, str]:
     return {
         "attn_implementation": str(model.config._attn_implementation),
-        "device": cpu_isa()
-        if model.device.type == "cpu"
-        else torch.cuda.get_device_name(model.device),
+        "device": cpu_isa() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
         "torch": str(torch.__version__),
     }
 
@@ -77,11 +71,7 @@ def _stock_info(model: PreTrainedModel) -> dict[str, str]:
 def cpu_isa() -> str:
     """Name the widest bf16 instruction set of this CPU, which decides stock's order of sums."""
     try:
-        flags = set(
-            re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-            .group(1)
-            .split()
-        )
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1).split())
     except (OSError, AttributeError):
         return "cpu"
     for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"):

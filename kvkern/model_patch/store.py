@@ -88,15 +88,11 @@ class Store:
         from kvkern.model_patch.register import require_supported
 
         if producer != "stock":
-            raise UnsupportedError(
-                f"producer {producer!r} is not available: this version publishes 'stock'"
-            )
+            raise UnsupportedError(f"producer {producer!r} is not available: this version publishes 'stock'")
         require_supported(model)
         ids = torch.as_tensor(doc_ids).reshape(1, -1)
         if ids.numel() == 0 or ids.is_floating_point():
-            raise LayoutError(
-                f"doc_ids must be at least one integer id, got {ids.numel()} of {ids.dtype}"
-            )
+            raise LayoutError(f"doc_ids must be at least one integer id, got {ids.numel()} of {ids.dtype}")
         spec = spec_of(model, producer=producer, salt=salt)
         k, v = prefill(model, ids)
         return self.put(spec, ids, k, v, progress=progress)
@@ -258,7 +254,4 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
             use_cache=True,
             logits_to_keep=1,
         )
-    return tuple(
-        torch.cat([getattr(layer, name) for layer in cache.layers]).cpu()
-        for name in ("keys", "values")
-    )
+    return tuple(torch.cat([getattr(layer, name) for layer in cache.layers]).cpu() for name in ("keys", "values"))

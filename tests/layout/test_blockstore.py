@@ -33,13 +33,9 @@ def flip(path: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 600])
-def test_store__every_bit_comes_back(
-    store: BlockStore, make: Make, same_bits: Callable[..., bool], n: int
-) -> None:
+def test_store__every_bit_comes_back(store: BlockStore, make: Make, same_bits: Callable[..., bool], n: int) -> None:
     sample, seen = make(n), []
-    done = store.put(
-        sample.spec, sample.ids.view(1, -1), sample.k, sample.v, progress=lambda *p: seen.append(p)
-    )
+    done = store.put(sample.spec, sample.ids.view(1, -1), sample.k, sample.v, progress=lambda *p: seen.append(p))
     document = store.get(done.digest, progress=lambda *p: seen.append(p))
     assert torch.equal(document.token_ids(), sample.ids)
     assert document.manifest.spec == sample.spec
@@ -115,9 +111,7 @@ def test_store__failing_index_does_not_unpublish(
 
 
 @pytest.mark.parametrize("verify", ["auto", "sha256"])
-def test_store__damaged_block_is_named_and_publishing_again_heals(
-    store: BlockStore, make: Make, verify: str
-) -> None:
+def test_store__damaged_block_is_named_and_publishing_again_heals(store: BlockStore, make: Make, verify: str) -> None:
     sample = make(600)
     done = sample.put(store)
     store.get(done.digest)
@@ -162,9 +156,7 @@ def test_store__tampered_manifest_is_refused(store: BlockStore, make: Make) -> N
 
 
 @pytest.mark.parametrize("swap", ["files", "manifest order", "longer block"])
-def test_store__valid_blocks_in_the_wrong_place_are_refused(
-    store: BlockStore, make: Make, swap: str
-) -> None:
+def test_store__valid_blocks_in_the_wrong_place_are_refused(store: BlockStore, make: Make, swap: str) -> None:
     sample = make(600)
     manifest = store.get(sample.put(store).digest).manifest
     a, b, c = manifest.blocks
@@ -214,9 +206,7 @@ def test_resolve__short_names(store: BlockStore, make: Make) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_put__nan_and_infinity_are_never_published(
-    store: BlockStore, make: Make, name: str, value: float
-) -> None:
+def test_put__nan_and_infinity_are_never_published(store: BlockStore, make: Make, name: str, value: float) -> None:
     sample = make(300)
     getattr(sample, name)[1, 2, 299, 63] = value
     with pytest.raises(LayoutError, match=rf"^{name} holds NaN .*\[1, 2, 299, 63\]"):
@@ -248,9 +238,7 @@ def test_put__largest_and_subnormal_values_are_published(
         (lambda s: replace(s, spec=replace(s.spec, num_layers=3)), "spec and token_ids require"),
     ],
 )
-def test_raises_put__form(
-    store: BlockStore, make: Make, change: Callable[[Any], Any], message: str
-) -> None:
+def test_raises_put__form(store: BlockStore, make: Make, change: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         change(make(70)).put(store)
     assert blocks_of(store) == []
@@ -280,9 +268,7 @@ print(done.digest, done.blocks_new)
 """
 
 
-def test_store__needs_no_transformers_and_survives_a_restart(
-    store: BlockStore, run_python: Callable[..., str]
-) -> None:
+def test_store__needs_no_transformers_and_survives_a_restart(store: BlockStore, run_python: Callable[..., str]) -> None:
     first = run_python(WITHOUT_TRANSFORMERS, store.root, hash_seed="1").split()
     second = run_python(WITHOUT_TRANSFORMERS, store.root, hash_seed="2").split()
     assert first[0] == second[0] and (first[1], second[1]) == ("2", "0")

@@ -35,9 +35,7 @@ def parse(data: bytes) -> Manifest:
         max_size=4,
     ),
 )
-def test_manifest__survives_its_bytes(
-    spec: KVSpec, n: int, salt: str, config: dict[str, Any]
-) -> None:
+def test_manifest__survives_its_bytes(spec: KVSpec, n: int, salt: str, config: dict[str, Any]) -> None:
     made = KVSpec.from_json({**spec.to_json(), "salt": salt, "config": config})
     ids = tuple(f"{i:064x}" for i in range(-(-n // 256)))
     manifest = Manifest(made, n, ids)

@@ -21,9 +21,7 @@ def read(anchor: Tensor, offset: int, count: int) -> Tensor:
     return torch.tensor(list(buffer), dtype=torch.int16)
 
 
-def test_pool__table_leads_to_the_published_bits(
-    store: BlockStore, make: Callable[..., object]
-) -> None:
+def test_pool__table_leads_to_the_published_bits(store: BlockStore, make: Callable[..., object]) -> None:
     sample = make(600)
     pool = store.get(sample.put(store).digest).pool()
     gc.collect()  # only the pool keeps the mappings alive now
@@ -36,9 +34,7 @@ def test_pool__table_leads_to_the_published_bits(
             assert torch.equal(read(pool.anchor, offset, want.numel()), want)
 
 
-def test_pool__two_prefixes_share_one_anchor(
-    store: BlockStore, make: Callable[..., object]
-) -> None:
+def test_pool__two_prefixes_share_one_anchor(store: BlockStore, make: Callable[..., object]) -> None:
     samples = [make(300, seed=1), make(520, seed=2)]
     pools = [store.get(s.put(store).digest).pool() for s in samples]
     anchor = pools[0].anchor

@@ -75,9 +75,7 @@ def test_shard__payload_starts_on_a_page(make: Make, n: int, first: int) -> None
     assert (8 + int.from_bytes(data[:8], "little")) % 4096 == 0
 
 
-def test_shard__mapped_bits_are_the_published_bits(
-    tmp_path: Path, make: Make, same_bits: Callable[..., bool]
-) -> None:
+def test_shard__mapped_bits_are_the_published_bits(tmp_path: Path, make: Make, same_bits: Callable[..., bool]) -> None:
     sample = make(130)
     data = encode(sample, 512)
     path, block_id = write(tmp_path, data)
@@ -104,9 +102,7 @@ print(hashlib.sha256(encode_shard(spec, 0, torch.arange(70), *pack(k, k + 1))).h
 
 @pytest.mark.parametrize("where", ["length", "header", "spaces", "tokens", "k", "v", "last"])
 @pytest.mark.parametrize("again", [False, True], ids=["first", "remembered"])
-def test_shard__a_flipped_bit_is_never_served(
-    tmp_path: Path, make: Make, where: str, again: bool
-) -> None:
+def test_shard__a_flipped_bit_is_never_served(tmp_path: Path, make: Make, where: str, again: bool) -> None:
     sample = make(256, seed=["length", "header", "spaces", "tokens", "k", "v", "last"].index(where))
     data = bytearray(encode(sample))
     path, block_id = write(tmp_path, bytes(data))
@@ -163,9 +159,7 @@ def test_shard__links_pipes_and_folders_are_refused(tmp_path: Path, make: Make) 
         map_shard(tmp_path / "none", block_id, sample.spec)
 
 
-def test_shard__too_large_file_is_not_even_read(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard__too_large_file_is_not_even_read(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make(64)
     path, block_id = write(tmp_path, encode(sample))
     monkeypatch.setattr(shard_module, "MAX_SHARD_BYTES", 5000)
@@ -234,9 +228,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_shard__well_digested_but_ill_formed_is_refused(
-    tmp_path: Path, make: Make, name: str
-) -> None:
+def test_shard__well_digested_but_ill_formed_is_refused(tmp_path: Path, make: Make, name: str) -> None:
     sample = make(64)
     header, payload = split(encode(sample))
     path, block_id = write(tmp_path, join(header, payload))
@@ -248,9 +240,7 @@ def test_shard__well_digested_but_ill_formed_is_refused(
     assert path.name in str(caught.value)
 
 
-def test_shard__unaligned_oversized_or_overlong_header_is_refused(
-    tmp_path: Path, make: Make
-) -> None:
+def test_shard__unaligned_oversized_or_overlong_header_is_refused(tmp_path: Path, make: Make) -> None:
     sample = make(64)
     header, payload = split(encode(sample))
     raw = json.dumps(header).encode()
@@ -271,9 +261,7 @@ def test_shard__unaligned_oversized_or_overlong_header_is_refused(
     ("name", "offset", "value"),
     [("tokens", 3, 0x80), ("tokens", 70 * 4, 0), ("k", 512 + 2 * 127, 1), ("v", -1, 0x80)],
 )
-def test_shard__bad_token_or_padding_is_refused(
-    tmp_path: Path, make: Make, name: str, offset: int, value: int
-) -> None:
+def test_shard__bad_token_or_padding_is_refused(tmp_path: Path, make: Make, name: str, offset: int, value: int) -> None:
     sample = make(70)
     header, payload = split(encode(sample))
     body = bytearray(payload)
@@ -301,9 +289,7 @@ def test_raises_encode_shard__form(make: Make) -> None:
     assert encode_shard(s.spec, 0, s.ids, k, k.view(v.shape))  # k and v in one memory
 
 
-def test_shard__recipe_in_the_format_document_works(
-    tmp_path: Path, make: Make, same_bits: Callable[..., bool]
-) -> None:
+def test_shard__recipe_in_the_format_document_works(tmp_path: Path, make: Make, same_bits: Callable[..., bool]) -> None:
     sample = make(200)
     path, _ = write(tmp_path, encode(sample))
     text = (Path(shard_module.__file__).parent / "FORMAT.md").read_text()

@@ -68,9 +68,7 @@ def test_spec__caller_cannot_change_it_afterwards(spec: KVSpec) -> None:
     assert made.config["rope"]["theta"] == 1.0
 
 
-def test_spec__digest_is_the_same_in_every_process(
-    spec: KVSpec, run_python: Callable[..., str]
-) -> None:
+def test_spec__digest_is_the_same_in_every_process(spec: KVSpec, run_python: Callable[..., str]) -> None:
     code = """
 import json, sys
 from kvkern.spec import KVSpec
@@ -185,9 +183,7 @@ def test_weights__tied_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("kvkern.spec._sha256_of", lambda t: calls.append(1) or hash_one(t))
     tied = weights_digest({"embed": weight, "head": weight, "part": weight[:2]})
     assert len(calls) == 2
-    assert tied == weights_digest(
-        {"embed": weight.clone(), "head": weight.clone(), "part": weight[:2].clone()}
-    )
+    assert tied == weights_digest({"embed": weight.clone(), "head": weight.clone(), "part": weight[:2].clone()})
 
 
 def test_raises_weights__no_bytes() -> None:
