@@ -195,7 +195,8 @@ static void widen_query(const kv_attention *call, row_plan *row) {
     for (int64_t channel = 0; channel < call->head_dim; channel++) row->q[channel] = widen(q[channel]);
 }
 
-static void score_tile(const kv_attention *call, row_plan *begin, row_plan *end, int64_t tile, const uint16_t *k) {
+static void score_tile(const kv_attention *call, row_plan *begin, row_plan *end, int64_t tile, const uint16_t *k,
+                       const uint16_t *upcoming) {
     for (row_plan *row = begin; row < end; row += MAX_ROWS) {
         const int rows = (int)min_of(MAX_ROWS, end - row);
         float sums[MAX_ROWS][TILE_TOKENS] = {{0.0f}};
@@ -208,7 +209,7 @@ static void score_tile(const kv_attention *call, row_plan *begin, row_plan *end,
             visible = max_of(visible, row[r].visible);
         }
         if (visible <= tile * TILE_TOKENS) continue;
-        chain(rows, TILE_TOKENS, acc, q, k, TILE_TOKENS, call->head_dim);
+        chain(rows, TILE_TOKENS, acc, q, k, TILE_TOKENS, call->head_dim, upcoming);
         for (int r = 0; r < rows; r++) {
             float *t = row[r].t + tile * TILE_TOKENS;
             if (row[r].visible <= tile * TILE_TOKENS) continue;
@@ -219,13 +220,19 @@ static void score_tile(const kv_attention *call, row_plan *begin, row_plan *end,
 }
 
 static void score_span(const slice_plan *plan, const span *work) {
-    for (int64_t tile = work->begin; tile < work->end; tile++)
-        score_tile(plan->call, rows_begin(plan, work->kv_head, work->first), rows_end(plan, work->kv_head, work->last - 1), tile,
-                   tile_of(plan->call, &plan->readers[work->first], work->kv_head, tile, 0));
+    const reader_plan *reader = &plan->readers[work->first];
+    row_plan *begin = rows_begin(plan, work->kv_head, work->first), *end = rows_end(plan, work->kv_head, work->last - 1);
+    const uint16_t *k = tile_of(plan->call, reader, work->kv_head, work->begin, 0);
+    for (int64_t tile = work->begin; tile < work->end; tile++) {
+        const uint16_t *upcoming = tile_of(plan->call, reader, work->kv_head, min_of(tile + 1, work->end - 1), 0);
+        score_tile(plan->call, begin, end, tile, k, upcoming);
+        k = upcoming;
+    }
 }
 
 /* Adds the tile's keys to one to MAX_ROWS chains. A key that only some of the rows see must not touch the others (A7). */
-static void output_rows(const kv_attention *call, row_plan *row, int rows, int64_t run, int64_t tile, const uint16_t *v) {
+static void output_rows(const kv_attention *call, row_plan *row, int rows, int64_t run, int64_t tile, const uint16_t *v,
+                        const uint16_t *upcoming) {
     const int64_t first_key = tile * TILE_TOKENS;
     int64_t fewest = TILE_TOKENS, most = 0;
     for (int r = 0; r < rows; r++) {
@@ -235,7 +242,7 @@ static void output_rows(const kv_attention *call, row_plan *row, int rows, int64
     }
     if (most == 0) return;
     if (fewest != most) {
-        for (int r = 0; r < rows; r++) output_rows(call, row + r, 1, run, tile, v);
+        for (int r = 0; r < rows; r++) output_rows(call, row + r, 1, run, tile, v, upcoming);
         return;
     }
     for (int64_t channel = 0; channel < call->head_dim;) {
@@ -246,14 +253,17 @@ static void output_rows(const kv_attention *call, row_plan *row, int rows, int64
             acc[r] = row[r].runs + run * call->head_dim + channel;
             p[r] = row[r].t + first_key;
         }
-        chain(rows, lanes, acc, p, v + channel, call->head_dim, most);
+        chain(rows, lanes, acc, p, v + channel, call->head_dim, most, upcoming + channel);
         channel += lanes;
     }
 }
 
-static void output_tile(const kv_attention *call, row_plan *begin, row_plan *end, int64_t run, int64_t tile, const uint16_t *v) {
+static void output_tile(const slice_plan *plan, row_plan *begin, row_plan *end, int64_t kv_head, int64_t run, int64_t tile) {
+    const reader_plan *reader = begin->reader;
+    const uint16_t *v = tile_of(plan->call, reader, kv_head, tile, 1);
+    const uint16_t *upcoming = tile_of(plan->call, reader, kv_head, min_of(tile + 1, reader->tiles - 1), 1);
     for (row_plan *row = begin; row < end; row += MAX_ROWS)
-        output_rows(call, row, (int)min_of(MAX_ROWS, end - row), run, tile, v);
+        output_rows(plan->call, row, (int)min_of(MAX_ROWS, end - row), run, tile, v, upcoming);
 }
 
 static void output_span(const slice_plan *plan, const span *work) {
@@ -261,18 +271,18 @@ static void output_span(const slice_plan *plan, const span *work) {
     const reader_plan *readers = plan->readers;
     const int64_t run = work->begin * TILE_TOKENS / readers[work->first].run;
     row_plan *begin = rows_begin(plan, work->kv_head, work->first), *end = rows_end(plan, work->kv_head, work->last - 1);
+    if (begin == end) return;
     for (row_plan *row = begin; row < end; row++)
         if (row->visible > work->begin * TILE_TOKENS)
             memset(row->runs + run * call->head_dim, 0, (size_t)call->head_dim * sizeof(float));
     for (int64_t tile = work->begin; tile < work->end; tile++) {
         if (tile < call->prefix_len[readers[work->first].prefix] / TILE_TOKENS) {
-            output_tile(call, begin, end, run, tile, tile_of(call, &readers[work->first], work->kv_head, tile, 1));
+            output_tile(plan, begin, end, work->kv_head, run, tile);
             continue;
         }
         for (int64_t i = work->first; i < work->last; i++)
-            if (tile < readers[i].tiles)
-                output_tile(call, rows_begin(plan, work->kv_head, i), rows_end(plan, work->kv_head, i), run, tile,
-                            tile_of(call, &readers[i], work->kv_head, tile, 1));
+            if (tile < readers[i].tiles && readers[i].num_queries)
+                output_tile(plan, rows_begin(plan, work->kv_head, i), rows_end(plan, work->kv_head, i), work->kv_head, run, tile);
     }
 }
 

@@ -9,45 +9,66 @@
 #include "arith.h"
 
 #define MAX_ROWS 4 /* x rows per pass: 4 x 64 accumulators stay in 16 wide registers */
+#define CACHE_LINE_BYTES 64
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* acc[r][lane] = chain over `count` matrix rows, starting from acc. `rows` and `lanes` are compile-time constants. */
+/* Two neighbouring lanes of a little-endian bf16 row in one word: a shift widens the even one, a mask the odd one. */
+typedef uint32_t __attribute__((may_alias)) lane_pair;
+
+/* acc[r][lane] = chain over `count` matrix rows, starting from acc. `rows` and `lanes` are compile-time constants.
+ * Meanwhile the matrix at `upcoming`, of the same form, is fetched into the cache. */
 ALWAYS_INLINE void chain_fixed(const int rows, const int lanes, float *const *acc, const float *const *x,
-                               const uint16_t *matrix, int64_t stride, int64_t count) {
-    float sum[MAX_ROWS][TILE_TOKENS];
+                               const uint16_t *matrix, int64_t stride, int64_t count, const uint16_t *upcoming) {
+    const int half = lanes / 2;
+    float even[MAX_ROWS][TILE_TOKENS / 2], odd[MAX_ROWS][TILE_TOKENS / 2];
     for (int r = 0; r < rows; r++)
-        for (int lane = 0; lane < lanes; lane++) sum[r][lane] = acc[r][lane];
+        for (int i = 0; i < half; i++) {
+            even[r][i] = acc[r][2 * i];
+            odd[r][i] = acc[r][2 * i + 1];
+        }
     const int64_t paired = count & ~(int64_t)1;
     for (int64_t pair = 0; pair < paired; pair += 2) {
-        for (int odd = 1; odd >= 0; odd--) {
-            const uint16_t *m = matrix + (pair + odd) * stride;
-            float wide[TILE_TOKENS];
-            for (int lane = 0; lane < lanes; lane++) wide[lane] = widen(m[lane]);
+        for (int second = 1; second >= 0; second--) { /* the odd row of a pair goes first */
+            const lane_pair *m = (const lane_pair *)(matrix + (pair + second) * stride);
+            for (int byte = 0; byte < 2 * lanes; byte += CACHE_LINE_BYTES)
+                __builtin_prefetch((const char *)(upcoming + (pair + second) * stride) + byte);
+            float wide_even[TILE_TOKENS / 2], wide_odd[TILE_TOKENS / 2];
+            for (int i = 0; i < half; i++) wide_even[i] = from_bits(m[i] << 16);
+            for (int i = 0; i < half; i++) wide_odd[i] = from_bits(m[i] & 0xffff0000u);
             for (int r = 0; r < rows; r++) {
-                const float factor = x[r][pair + odd];
-                for (int lane = 0; lane < lanes; lane++) sum[r][lane] = fmaf(factor, wide[lane], sum[r][lane]);
+                const float factor = x[r][pair + second];
+                for (int i = 0; i < half; i++) even[r][i] = fmaf(factor, wide_even[i], even[r][i]);
+                for (int i = 0; i < half; i++) odd[r][i] = fmaf(factor, wide_odd[i], odd[r][i]);
             }
         }
     }
     if (paired != count) { /* a single last key stands alone */
-        const uint16_t *m = matrix + paired * stride;
+        const lane_pair *m = (const lane_pair *)(matrix + paired * stride);
         for (int r = 0; r < rows; r++)
-            for (int lane = 0; lane < lanes; lane++) sum[r][lane] = fmaf(x[r][paired], widen(m[lane]), sum[r][lane]);
+            for (int i = 0; i < half; i++) {
+                even[r][i] = fmaf(x[r][paired], from_bits(m[i] << 16), even[r][i]);
+                odd[r][i] = fmaf(x[r][paired], from_bits(m[i] & 0xffff0000u), odd[r][i]);
+            }
     }
     for (int r = 0; r < rows; r++)
-        for (int lane = 0; lane < lanes; lane++) acc[r][lane] = sum[r][lane];
+        for (int i = 0; i < half; i++) {
+            acc[r][2 * i] = even[r][i];
+            acc[r][2 * i + 1] = odd[r][i];
+        }
 }
 
-#define CHAIN_CASE(ROWS)                                                                       \
-    case ROWS:                                                                                 \
-        if (lanes == TILE_TOKENS) chain_fixed(ROWS, TILE_TOKENS, acc, x, matrix, stride, count); \
-        else chain_fixed(ROWS, 16, acc, x, matrix, stride, count);                             \
+#define CHAIN_CASE(ROWS)                                                                          \
+    case ROWS:                                                                                    \
+        if (lanes == TILE_TOKENS)                                                                 \
+            chain_fixed(ROWS, TILE_TOKENS, acc, x, matrix, stride, count, upcoming);              \
+        else                                                                                      \
+            chain_fixed(ROWS, 16, acc, x, matrix, stride, count, upcoming);                       \
         break;
 
 /* The same for 1 to MAX_ROWS rows and 64 or 16 lanes. */
 static void chain(int rows, int lanes, float *const *acc, const float *const *x, const uint16_t *matrix, int64_t stride,
-                  int64_t count) {
+                  int64_t count, const uint16_t *upcoming) {
     switch (rows) {
         CHAIN_CASE(1)
         CHAIN_CASE(2)

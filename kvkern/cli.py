@@ -85,7 +85,7 @@ def _exit_codes() -> Iterator[None]:
     except KvkernError as error:
         _fail(str(error), INTEGRITY_ERROR if isinstance(error, IntegrityError) else USER_ERROR)
     except ImportError as error:
-        package = error.name or next((name for name in _EXTRAS if name in str(error)), None)
+        package = (error.name or "").partition(".")[0] or next((name for name in _EXTRAS if name in str(error)), None)
         if package not in _EXTRAS:
             raise
         _fail(f"this command needs {package}: pip install 'kvkern[{_EXTRAS[package]}]'", USER_ERROR)
@@ -111,14 +111,19 @@ app = typer.Typer(
 )  # fmt: skip
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the store.")]
+DemoStoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of the store; temporary if left out.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="A table, or one JSON document.")]
 SaltOption = Annotated[str, typer.Option(help="Keeps documents of different owners apart.")]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or smollm2.", show_default=False)
-]
-DigestArgument = Annotated[
-    str, typer.Argument(metavar="DIGEST", help="8 hex digits of it or more.", show_default=False)
-]
+LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+AttentionOption = Annotated[Attention, typer.Option(help="What attends; kvkern has the bits of eager.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Append the question as it is.")]
+ModelOption = Annotated[str, typer.Option(help="The model that published it.", show_default=False)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or smollm2.")]
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="UTF-8 text; - reads stdin.")]
+DigestArgument = Annotated[str, typer.Argument(metavar="DIGEST", help="8 hex digits of it or more.")]
+AnyDigestArgument = Annotated[str | None, typer.Argument(metavar="DIGEST", help="One document; all if left out.")]
+ThingArgument = Annotated[str, typer.Argument(metavar="DIGEST|SHARD_FILE", help="A document, or a file of its store.")]
+QuestionsArgument = Annotated[list[str], typer.Argument(metavar="QUESTION", help="One reader each.")]
 DEFAULT_STORE = Path("kv-store")
 
 
@@ -131,11 +136,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    store: Annotated[
-        Path | None, typer.Option("--store", help="Directory of the store; temporary if left out.")
-    ] = None,
+    store: DemoStoreOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the document.")] = 900,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 48,
+    max_new_tokens: LengthOption = 48,
     output: FormatOption = Format.table,
 ) -> None:
     """Publish a real document, ask about it, and compare every bit with stock Hugging Face eager.
@@ -159,12 +162,10 @@ def demo(
 @app.command()
 def publish(
     model: ModelArgument,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="UTF-8 text; - reads stdin.", show_default=False)],
+    file: FileArgument,
     store: StoreOption = DEFAULT_STORE,
     salt: SaltOption = "",
-    stock_attention: Annotated[
-        Attention, typer.Option(help="What attends; kvkern has the bits of eager.")
-    ] = Attention.kvkern,
+    stock_attention: AttentionOption = Attention.kvkern,
     output: FormatOption = Format.table,
 ) -> None:
     """Compute a document's KV once and publish it; prints the digest that names it.
@@ -196,38 +197,18 @@ def ls(store: StoreOption = DEFAULT_STORE, output: FormatOption = Format.table) 
     Example: kvkern ls --store kv-store
     """
     found = _existing(store).ls()
-    data = [
-        {
-            "digest": line.digest,
-            "tokens": line.tokens,
-            "blocks": line.blocks,
-            "payload_bytes": line.payload_bytes,
-            "architecture": line.spec.architecture,
-            "weights": line.spec.weights,
-            "producer": line.spec.producer,
-        }
-        for line in found
-    ]
-    rows = [
-        (
-            d["digest"][:16],
-            f"{d['tokens']:,}",
-            d["blocks"],
-            _size(d["payload_bytes"]),
-            d["architecture"],
-            d["weights"][:8],
-        )
-        for d in data
-    ]
+    data = {"store": store, "documents": [dataclasses.asdict(line) for line in found]}
     headers = ("digest", "tokens>", "blocks>", "size>", "architecture", "weights")
-    _print(output, {"store": str(store), "documents": data}, _table(headers, rows) if rows else "no documents")
+    rows = [
+        (d.digest[:16], d.tokens, d.blocks, _size(d.payload_bytes), d.spec.architecture, d.spec.weights[:8])
+        for d in found
+    ]
+    _print(output, data, _table(headers, rows) if rows else "no documents")
 
 
 @app.command()
 def inspect(
-    what: Annotated[
-        str, typer.Argument(metavar="DIGEST|SHARD_FILE", show_default=False, help="A document, or a shard.")
-    ],
+    what: ThingArgument,
     store: StoreOption = DEFAULT_STORE,
     output: FormatOption = Format.table,
 ) -> None:
@@ -293,9 +274,7 @@ def _shard(path: Path) -> dict[str, Any]:
 
 @app.command()
 def verify(
-    digest: Annotated[
-        str | None, typer.Argument(metavar="DIGEST", help="One document; all when left out.", show_default=False)
-    ] = None,
+    digest: AnyDigestArgument = None,
     store: StoreOption = DEFAULT_STORE,
     output: FormatOption = Format.table,
 ) -> None:
@@ -308,33 +287,24 @@ def verify(
     with _progress("verifying") as progress:
         report = blocks.verify(digest, progress)
     seconds = time.perf_counter() - start
-    defects = [{"digest": d.digest, "path": str(d.path), "problem": d.problem} for d in report.defects]
-    data = {
-        "ok": report.ok,
-        "documents": report.documents,
-        "blocks": report.blocks,
-        "payload_bytes": report.payload_bytes,
-        "seconds": seconds,
-        "defects": defects,
-    }
-    counts = f"{report.documents} documents, {report.blocks} blocks, {_size(report.payload_bytes)} in {seconds:.2f} s"
-    problems = [f"{d['digest'][:16]}: {d['problem']}" for d in defects]
-    _print(output, data, f"{counts}: {f'{len(defects)} DAMAGED' if defects else 'every byte as published'}", *problems)
-    if defects:
+    verdict = f"{len(report.defects)} DAMAGED" if report.defects else "every byte as published"
+    read = f"{_count(report.documents, 'document')}, {_count(report.blocks, 'block')}, {_size(report.payload_bytes)}"
+    problems = [f"{defect.digest[:16]}: {defect.problem}" for defect in report.defects]
+    data = {"ok": report.ok, **dataclasses.asdict(report), "seconds": seconds}
+    _print(output, data, f"{read} in {seconds:.2f} s: {verdict}", *problems)
+    if not report.ok:
         raise typer.Exit(INTEGRITY_ERROR)
 
 
 @app.command()
 def ask(
     digest: DigestArgument,
-    questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One reader each.", show_default=False)],
-    model: Annotated[str, typer.Option(help="The model that published it.", show_default=False)],
+    questions: QuestionsArgument,
+    model: ModelOption,
     store: StoreOption = DEFAULT_STORE,
     salt: SaltOption = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 64,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Append the question as it is, without Question: and Answer:.")
-    ] = False,
+    max_new_tokens: LengthOption = 64,
+    raw: RawOption = False,
     output: FormatOption = Format.table,
 ) -> None:
     """Answer questions about a document, greedily: one batch, every question a reader of the same blocks.
@@ -353,18 +323,19 @@ def ask(
     template = "{question}" if raw else QUESTION
     with _working("answering"):
         found = answer(prefix, tokenizer, questions, max_new_tokens=max_new_tokens, template=template)
+    names = ("question", "answer", "new_tokens")
     triples = zip(questions, found.texts, found.new_tokens, strict=True)
     data = {
         "digest": prefix.digest,
         "tokens": prefix.tokens,
         "open_seconds": open_s,
         "verified_bytes": sum(shard.nbytes for shard in prefix.document.shards),
-        "answers": [dict(zip(("question", "answer", "new_tokens"), triple, strict=True)) for triple in triples],
+        "answers": [dict(zip(names, triple, strict=True)) for triple in triples],
         "seconds": found.seconds,
         "tokens_per_second": found.tokens_per_s,
     }
     opened = f"opened {prefix.tokens:,} tokens in {open_s:.3f} s, {_size(data['verified_bytes'])} verified"
-    speed = f"{sum(found.new_tokens)} new tokens in {found.seconds:.2f} s, {found.tokens_per_s:.1f} a second"
+    speed = f"{_count(sum(found.new_tokens), 'new token')} in {found.seconds:.2f} s, {found.tokens_per_s:.1f} a second"
     _print(output, data, *_dialogue(questions, found.texts), "", f"{opened}; {speed}")
 
 
@@ -428,12 +399,8 @@ def _plan() -> dict[str, str]:
     def counts(value: int) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.int32)
 
-    suffix_k, suffix_v, table = (
-        tensor(1, 1, 1, 64, 64),
-        tensor(1, 1, 1, 64, 64),
-        torch.zeros(1, 0, 2, dtype=torch.int64),
-    )
-    kv = kvkern.KVView(suffix_k, table, counts(0), counts(0), suffix_k, suffix_v, counts(1), counts(1))
+    tiles, no_blocks = tensor(1, 1, 1, 64, 64), torch.zeros(1, 0, 2, dtype=torch.int64)
+    kv = kvkern.KVView(tiles, no_blocks, counts(0), counts(0), tiles, tiles, counts(1), counts(1))
     plan = kvkern.resolve(tensor(1, 1, 1, 64), kv)
     return {"backend": plan.backend, "profile": plan.profile, "reason": plan.reason}
 
@@ -499,7 +466,7 @@ def _progress(text: str) -> Iterator[Callable[[int, int], None] | None]:
 def _print(output: Format, data: Any, *view: Any) -> None:
     """Print `data` as one JSON document, or the view."""
     if output is Format.json:
-        typer.echo(json.dumps(data, indent=2))
+        typer.echo(json.dumps(data, indent=2, default=str))
         return
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     with console.capture() as captured:
@@ -539,12 +506,16 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _dialogue(questions: Iterable[str], answers: Iterable[str]) -> list[str]:
     return [f"\nQ: {question}\nA: {answer}" for question, answer in zip(questions, answers, strict=True)]
 
 
 def _demo_view(found: Demo) -> list[Any]:
-    size = f"{found.blocks} blocks, {_size(found.payload_bytes)} in the store"
+    size = f"{_count(found.blocks, 'block')} of {_size(found.payload_bytes)} in the store"
     about = {
         "host": found.host,
         "document": f"{found.tokens:,} tokens of Python's own help, {size}",

@@ -99,7 +99,7 @@ def test_bits_stock__cancelling_values() -> None:
 
 # Each twin is csrc_ref with one thing wrong. (file, right, wrong)
 TWINS = {
-    "even element first": ("chain.h", "int odd = 1; odd >= 0; odd--", "int odd = 0; odd <= 1; odd++"),
+    "even element first": ("chain.h", "int second = 1; second >= 0; second--", "int second = 0; second <= 1; second++"),
     "runs of 256": ("contract.h", "#define KEY_RUN 512", "#define KEY_RUN 256"),
     "long runs of 512": ("contract.h", "#define KEY_RUN_LONG 1024", "#define KEY_RUN_LONG 512"),
     "8 sum lanes": ("contract.h", "#define SUM_LANES 16", "#define SUM_LANES 8"),
