@@ -20,8 +20,10 @@ test: $(VENV)/.ready ## run the test suite
 test-long: $(VENV)/.ready ## run the test suite with the long figures
 	$(PY) -m pytest tests --run-long
 
-bench: $(VENV)/.ready ## verify bits, then time
-	$(PY) -m pytest bench
+bench: $(VENV)/.ready ## verify bits, then time; writes bench/results
+	@mkdir -p build
+	$(PY) -m pytest bench -q -s --benchmark-quiet --benchmark-json=build/bench.json
+	$(PY) bench/report.py build/bench.json
 
 lint: $(VENV)/.ready ## style, format, import contracts
 	$(VENV)/bin/ruff check .

@@ -39,7 +39,23 @@ _HOMES = {
     "unpatch": "model_patch.register",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "IntegrityError",
+    "KVSpec",
+    "KVView",
+    "KvkernError",
+    "LayoutError",
+    "Plan",
+    "Prefix",
+    "Published",
+    "SpecMismatchError",
+    "Store",
+    "UnsupportedError",
+    "patch",
+    "prefix_attention",
+    "resolve",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:

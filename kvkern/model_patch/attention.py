@@ -61,7 +61,7 @@ def attention_forward(
         return _attend_plain(query, key, value, attention_mask, scaling), None
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
-    launch(query, handle.view(module, attention_mask), out, None, sm_scale=scaling)
+    launch(query, handle.view(module, attention_mask, kwargs.get("position_ids")), out, None, sm_scale=scaling)
     return out, None
 
 

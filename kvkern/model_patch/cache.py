@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvkern.model_patch.store import Prefix
 
 HANDLE_ATTRIBUTE = "kvkern_handle"
+_HALF_UPDATED = "this cache is half updated, an earlier forward was interrupted: take a fresh one from prepare()"
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,7 @@ class PrefixCache(Cache):
             self._begin_step(key_states)
         step = self._step
         if step is None or step.columns[0] != layer.columns:
-            raise KvkernError(
-                "this cache is half updated, an earlier forward was interrupted: take a fresh one from prepare()"
-            )
+            raise KvkernError(_HALF_UPDATED)
         if key_states.shape != value_states.shape:
             raise UnsupportedError(
                 f"value states {tuple(value_states.shape)} differ from key states {tuple(key_states.shape)}: kvkern needs "
@@ -148,6 +147,8 @@ class PrefixCache(Cache):
             )
         if key_states.dtype != torch.bfloat16:
             raise UnsupportedError(f"keys in {key_states.dtype}: kvkern caches bfloat16")
+        if self.layers[0].columns != self.columns:
+            raise KvkernError(_HALF_UPDATED)
         self._expand(key_states.shape[0])
         before = self.layers[0].columns
         after = before + key_states.shape[2]
@@ -182,20 +183,9 @@ class PrefixCache(Cache):
         self._mask = self._mask.repeat_interleave(batch // known, dim=0)
         self._suffix_len = self._suffix_len.repeat_interleave(batch // known)
 
-    def view(self, layer_idx: int, attention_mask: Tensor | None) -> KVView:
-        """Return what the kernel reads in one layer of the present forward.
-
-        Raises:
-            UnsupportedError: attention_mask disagrees with the padding that this cache has skipped.
-        """
+    def view(self, layer_idx: int) -> KVView:
+        """Return what the kernel reads in one layer of the present forward."""
         step, layer = self._step, self.layers[layer_idx]
-        if layer_idx == 0:
-            agrees = bool(step.mask.all()) if attention_mask is None else torch.equal(attention_mask, step.mask)
-            if not agrees:
-                raise UnsupportedError(
-                    "attention_mask differs from the padding that prepare() announced: pass the mask that prepare() "
-                    "returned; pads stand between the prefix and the question only"
-                )
         return KVView(
             **self._shared,
             reader_prefix=step.readers,
@@ -205,6 +195,30 @@ class PrefixCache(Cache):
             query_len=step.query_len,
             layer=layer_idx,
         )
+
+    def require_agreement(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Refuse a forward whose mask or positions are not those of this cache.
+
+        Raises:
+            UnsupportedError: attention_mask is not the padding that prepare() announced, or position_ids do not go on
+                from the tokens that each reader has.
+        """
+        step = self._step
+        agrees = bool(step.mask.all()) if attention_mask is None else torch.equal(attention_mask, step.mask)
+        if not agrees:
+            raise UnsupportedError(
+                "attention_mask differs from the padding that prepare() announced: pass the mask that prepare() "
+                "returned; pads stand between the prefix and the question only"
+            )
+        if position_ids is not None and position_ids.dim() == 2:
+            last = position_ids[:, -1]
+            expected = step.suffix_len + (self.prefix.tokens - 1)
+            if bool(((last != expected) & (step.query_len > 0)).any()):
+                raise UnsupportedError(
+                    f"position_ids end at {last.tolist()}, the readers' last tokens stand at {expected.tolist()}: the cache was "
+                    "used since these inputs were made, or ragged rows lack their position_ids. Take fresh inputs from "
+                    "prepare()."
+                )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every reader; a negative count, as in transformers."""
@@ -249,17 +263,20 @@ class LayerHandle:
     cache: PrefixCache
     layer_idx: int
 
-    def view(self, module: torch.nn.Module, attention_mask: Tensor | None) -> KVView:
+    def view(self, module: torch.nn.Module, attention_mask: Tensor | None, position_ids: Tensor | None) -> KVView:
         """Return what the kernel reads, for the module that attends.
 
         Raises:
-            UnsupportedError: the module belongs to another model than the one that opened the prefix.
+            UnsupportedError: the module belongs to another model than the one that opened the prefix, or mask or positions
+                are not those of the cache.
         """
         if module.config is not self.cache.prefix.model.config.get_text_config():
             raise UnsupportedError(
                 "this cache belongs to another model object: open the document for the model that reads it"
             )
-        return self.cache.view(self.layer_idx, attention_mask)
+        if self.layer_idx == 0:
+            self.cache.require_agreement(attention_mask, position_ids)
+        return self.cache.view(self.layer_idx)
 
 
 class PrefixCacheLayer(CacheLayerMixin):

@@ -99,7 +99,9 @@ def test_bits_readers__any_order() -> None:
     q, prefixes, reader_prefix, suffixes, query_len = several_prefixes([9, 3, 1, 2, 5])
     expected = attend(q, paged_view(prefixes, reader_prefix, suffixes, query_len))
     order = [3, 0, 4, 2, 1]
-    kv = paged_view(prefixes, [reader_prefix[b] for b in order], [suffixes[b] for b in order], [query_len[b] for b in order])
+    kv = paged_view(
+        prefixes, [reader_prefix[b] for b in order], [suffixes[b] for b in order], [query_len[b] for b in order]
+    )
     assert differing(attend(q[order], kv), expected[order]) == 0
 
 
@@ -121,7 +123,11 @@ def test_bits_split__scratch_stays_under_its_bound(monkeypatch: pytest.MonkeyPat
     q, k, v = random_qkv(1, 4, 1, 600, 600, 64)
     sizes: list[int] = []
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **o: sizes.append(a[0]) or real(*a, **o) if o.get("dtype") == torch.uint8 else real(*a, **o))
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, **o: sizes.append(a[0]) or real(*a, **o) if o.get("dtype") == torch.uint8 else real(*a, **o),
+    )
     attend(q, KVView.from_dense(k, v, query_len=600), scratch_bound_bytes=1 << 20)
     assert sizes and max(sizes) <= 1 << 20
 
@@ -173,11 +179,21 @@ def test_bits_rounding__every_bf16_neighbour() -> None:
 
 def test_bits_contract__c_and_python_hold_one_set_of_constants() -> None:
     text = (native.source_dir() / "contract.h").read_text()
-    defines = dict(line.split()[1:3] for line in text.splitlines() if line.startswith("#define ") and len(line.split()) > 2)
-    assert defines.pop("CONTRACT_ID") == f'"{contract.CONTRACT_ID}"' == f'"{native.library().kv_contract_id().decode()}"'
+    defines = dict(
+        line.split()[1:3] for line in text.splitlines() if line.startswith("#define ") and len(line.split()) > 2
+    )
+    assert (
+        defines.pop("CONTRACT_ID") == f'"{contract.CONTRACT_ID}"' == f'"{native.library().kv_contract_id().decode()}"'
+    )
     for name, given in defines.items():
         is_float = given.endswith("f") and ("." in given or "p" in given)
-        value = float.fromhex(given[:-1]) if is_float and given.startswith("0x") else float(given.rstrip("f")) if is_float else int(given, 0)
+        value = (
+            float.fromhex(given[:-1])
+            if is_float and given.startswith("0x")
+            else float(given.rstrip("f"))
+            if is_float
+            else int(given, 0)
+        )
         assert getattr(contract, name) == value, name
 
 

@@ -32,7 +32,9 @@ def random_case(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """A call in the parity domain: columns 16..4096 with weight on the run boundaries, spreads 0 to 6."""
     while True:
         rows = rng.randint(1, 9)
-        columns = rng.choice([rng.randint(16, 130), rng.randint(500, 530), rng.randint(1000, 1100), rng.randint(16, 4096)])
+        columns = rng.choice(
+            [rng.randint(16, 130), rng.randint(500, 530), rng.randint(1000, 1100), rng.randint(16, 4096)]
+        )
         q, k, v = random_qkv(rng.randint(1, 5), rng.choice([1, 3, 4, 8]), rng.choice([1, 2]), rows, max(rows, columns),
                              rng.choice([64, 128]), spread=rng.uniform(0, 6), seed=rng.getrandbits(32))  # fmt: skip
         if in_parity_domain(q, k):
@@ -156,7 +158,11 @@ def test_bits_stock__hard_cases(hard_cases) -> None:
 # The last bit of an exponential seldom reaches a bf16 output. Stock's softmax shows it in fp32.
 EXP_TWINS = {
     "fused differently": ("arith.h", "u = 1.0f + fmaf(s * s, u, s);", "u = 1.0f + ((s * s) * u + s);"),
-    "exp by libm": ("arith.h", "static inline float exp_c(float x) {", "static inline float exp_c(float x) {\n return expf(x);"),
+    "exp by libm": (
+        "arith.h",
+        "static inline float exp_c(float x) {",
+        "static inline float exp_c(float x) {\n return expf(x);",
+    ),
     "one constant off by an ulp": ("contract.h", "#define EXP_C2 0x1.555556p-3f", "#define EXP_C2 0x1.555558p-3f"),
 }
 

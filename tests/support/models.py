@@ -92,7 +92,12 @@ def greedy(model: PreTrainedModel, steps: int, **inputs) -> tuple[torch.Tensor, 
     """Generate greedily; return logits `[B, steps, vocab]` and the new tokens `[B, steps]`."""
     width = inputs["input_ids"].shape[1]
     out = model.generate(
-        **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
+        **inputs,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     return torch.stack(out.logits, dim=1), out.sequences[:, width:]
 
