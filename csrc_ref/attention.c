@@ -14,7 +14,7 @@
 #include "kvkern.h"
 #include "softmax.h"
 
-#define SPAN_TILES 8 /* tiles of one work item of the score pass */
+#define SPAN_TILES (KEY_RUN / TILE_TOKENS) /* tiles of one work item of the score pass, and of the shortest run */
 
 /* One reader inside a slice of query positions. */
 typedef struct {
@@ -224,7 +224,7 @@ static void score_span(const slice_plan *plan, const span *work) {
     row_plan *begin = rows_begin(plan, work->kv_head, work->first), *end = rows_end(plan, work->kv_head, work->last - 1);
     const uint16_t *k = tile_of(plan->call, reader, work->kv_head, work->begin, 0);
     for (int64_t tile = work->begin; tile < work->end; tile++) {
-        const uint16_t *upcoming = tile_of(plan->call, reader, work->kv_head, min_of(tile + 1, work->end - 1), 0);
+        const uint16_t *upcoming = tile_of(plan->call, reader, work->kv_head, min_of(tile + 1, reader->tiles - 1), 0);
         score_tile(plan->call, begin, end, tile, k, upcoming);
         k = upcoming;
     }
@@ -316,11 +316,11 @@ static void run_slice(const slice_plan *plan) {
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_rows; i++) widen_query(call, &plan->rows[i]);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided) /* long stretches first: the upcoming tile is mostly this thread's own */
         for (int64_t i = 0; i < plan->num_score_spans; i++) score_span(plan, &plan->score_spans[i]);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < num_rows; i++) softmax_pass(call, &plan->rows[i]);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t i = 0; i < plan->num_output_spans; i++) output_span(plan, &plan->output_spans[i]);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_rows; i++) fold_row(call, &plan->rows[i]);

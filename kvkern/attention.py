@@ -140,8 +140,8 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
         )
     _validate(q, kv)
     row_bytes = 2 * kv.suffix_k.shape[1] * q.shape[3] * q.element_size()
-    prefix_len = kv.prefix_len[torch.unique(kv.reader_prefix)]
-    keys = int(prefix_len.sum()) + int(kv.suffix_len.sum())
+    prefix_len = kv.prefix_len.tolist()
+    keys = sum(prefix_len[p] for p in set(kv.reader_prefix.tolist())) + sum(kv.suffix_len.tolist())
     bytes_moved = keys * row_bytes + 2 * q.numel() * q.element_size()
     return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
 
@@ -251,14 +251,10 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _validate(q: Tensor, kv: KVView) -> None:
     """Refuse what the backend would read out of bounds or misread, naming the field."""
 
-    def need(condition: bool, field: str, given: object, allowed: str) -> None:
-        if not condition:
-            raise LayoutError(f"{field} is {given}; it must be {allowed}")
-
-    need(q.dim() == 4 and q.dtype == torch.bfloat16 and q.stride(-1) == 1, "q", f"{tuple(q.shape)} {q.dtype}",
+    _need(q.dim() == 4 and q.dtype == torch.bfloat16 and q.stride(-1) == 1, "q", f"{tuple(q.shape)} {q.dtype}",
          "bfloat16 [B, num_q_heads, Tq, head_dim] with a dense last axis")  # fmt: skip
     batch, num_q_heads, rows, head_dim = q.shape
-    need(
+    _need(
         16 <= head_dim <= 512 and head_dim % 16 == 0,
         "head_dim",
         head_dim,
@@ -269,16 +265,16 @@ def _validate(q: Tensor, kv: KVView) -> None:
         ("suffix_v", (TILE_TOKENS, head_dim)),
     ):
         tiles: Tensor = getattr(kv, name)
-        need(
+        _need(
             tiles.dim() == 5 and tiles.dtype == torch.bfloat16 and tuple(tiles.shape[-2:]) == last_two
             and tiles.shape[0] == batch and tiles.stride()[-2:] == (last_two[1], 1),
             name, f"{tuple(tiles.shape)} {tiles.dtype}", f"bfloat16 [{batch}, kv_heads, tiles, {last_two[0]}, {last_two[1]}], "
             "its last two axes dense",
         )  # fmt: skip
-    need(kv.suffix_k.stride()[:3] == kv.suffix_v.stride()[:3] and kv.suffix_k.shape[:3] == kv.suffix_v.shape[:3],
+    _need(kv.suffix_k.stride()[:3] == kv.suffix_v.stride()[:3] and kv.suffix_k.shape[:3] == kv.suffix_v.shape[:3],
          "suffix_v", f"{tuple(kv.suffix_v.shape)} with strides {kv.suffix_v.stride()}", "laid out like suffix_k")  # fmt: skip
     num_kv_heads = kv.suffix_k.shape[1]
-    need(
+    _need(
         num_q_heads % num_kv_heads == 0,
         "num_q_heads",
         num_q_heads,
@@ -286,31 +282,44 @@ def _validate(q: Tensor, kv: KVView) -> None:
     )
     for name in ("reader_prefix", "suffix_len", "query_len"):
         field: Tensor = getattr(kv, name)
-        need(field.dtype == torch.int32 and tuple(field.shape) == (batch,) and field.is_contiguous(), name,
+        _need(field.dtype == torch.int32 and tuple(field.shape) == (batch,) and field.is_contiguous(), name,
              f"{tuple(field.shape)} {field.dtype}", f"contiguous int32 [{batch}]")  # fmt: skip
     table = kv.block_table
-    need(table.dtype == torch.int64 and table.dim() == 3 and table.shape[2] == 2 and table.is_contiguous(), "block_table",
+    _need(table.dtype == torch.int64 and table.dim() == 3 and table.shape[2] == 2 and table.is_contiguous(), "block_table",
          f"{tuple(table.shape)} {table.dtype}", "contiguous int64 [P, max_blocks, 2]")  # fmt: skip
-    need(kv.prefix_len.dtype == torch.int32 and tuple(kv.prefix_len.shape) == (table.shape[0],), "prefix_len",
+    _need(kv.prefix_len.dtype == torch.int32 and tuple(kv.prefix_len.shape) == (table.shape[0],), "prefix_len",
          f"{tuple(kv.prefix_len.shape)} {kv.prefix_len.dtype}", f"int32 [{table.shape[0]}]")  # fmt: skip
-    need(kv.pool.dtype == torch.bfloat16, "pool", kv.pool.dtype, "bfloat16")
-    need(0 <= kv.layer < kv.num_layers, "layer", kv.layer, f"from 0 to {kv.num_layers - 1}")
-    if batch == 0:
-        return
-    low, high = int(kv.reader_prefix.min()), int(kv.reader_prefix.max())
-    need(
-        low >= 0 and high < table.shape[0],
-        "reader_prefix",
-        f"{low} .. {high}",
-        f"from 0 to {table.shape[0] - 1}",
-    )
-    prefix_len = kv.prefix_len[kv.reader_prefix]
-    block = kv.block_tiles * TILE_TOKENS
-    need(int(kv.prefix_len.min()) >= 0 and int(prefix_len.max()) // TILE_TOKENS * TILE_TOKENS <= table.shape[1] * block,
-         "prefix_len", kv.prefix_len.tolist(), f"0 .. {table.shape[1] * block}, the blocks that block_table lists")  # fmt: skip
-    need(int(kv.suffix_len.min()) >= 0, "suffix_len", kv.suffix_len.tolist(), "at least 0")
-    slots = int((prefix_len % TILE_TOKENS + kv.suffix_len).max())
-    need(slots <= kv.suffix_k.shape[2] * TILE_TOKENS, "suffix_k", f"{kv.suffix_k.shape[2]} tiles a reader",
-         f"at least {-(-slots // TILE_TOKENS)} tiles for suffix_len and the prefix's last tokens")  # fmt: skip
-    need(int(kv.query_len.min()) >= 0 and int(kv.query_len.max()) <= rows, "query_len", kv.query_len.tolist(),
-         f"from 0 to the {rows} rows of q")  # fmt: skip
+    _need(kv.pool.dtype == torch.bfloat16, "pool", kv.pool.dtype, "bfloat16")
+    for name, value in vars(kv).items():
+        if isinstance(value, torch.Tensor):
+            _need(value.device == q.device, name, f"on {value.device}", f"on {q.device} like q")
+    _need(0 <= kv.layer < kv.num_layers, "layer", kv.layer, f"from 0 to {kv.num_layers - 1}")
+    if batch:
+        _validate_lengths(q, kv)
+
+
+def _validate_lengths(q: Tensor, kv: KVView) -> None:
+    """Refuse lengths and rows that reach beyond the tables and tiles."""
+    tables, max_blocks = kv.block_table.shape[:2]
+    prefix_len, readers = kv.prefix_len.tolist(), kv.reader_prefix.tolist()
+    suffix_len, query_len = kv.suffix_len.tolist(), kv.query_len.tolist()
+    listed, room = max_blocks * kv.block_tiles, kv.suffix_k.shape[2] * TILE_TOKENS
+    _need(min(readers) >= 0 and max(readers) < tables, "reader_prefix", readers, f"from 0 to {tables - 1}")
+    _need(
+        min(prefix_len) >= 0 and max(prefix_len) // TILE_TOKENS <= listed,
+        "prefix_len", prefix_len, f"0 .. {listed * TILE_TOKENS}, the blocks that block_table lists",
+    )  # fmt: skip
+    _need(min(suffix_len) >= 0, "suffix_len", suffix_len, "at least 0")
+    slots = max(prefix_len[p] % TILE_TOKENS + own for p, own in zip(readers, suffix_len, strict=True))
+    _need(
+        slots <= room,
+        "suffix_k", f"{kv.suffix_k.shape[2]} tiles a reader",
+        f"at least {-(-slots // TILE_TOKENS)} tiles for suffix_len and the prefix's last tokens",
+    )  # fmt: skip
+    rows = q.shape[2]
+    _need(min(query_len) >= 0 and max(query_len) <= rows, "query_len", query_len, f"from 0 to the {rows} rows of q")
+
+
+def _need(condition: bool, field: str, given: object, allowed: str) -> None:
+    if not condition:
+        raise LayoutError(f"{field} is {given}; it must be {allowed}")

@@ -224,6 +224,7 @@ FAULTS = {
     "suffix_len": lambda q, kv: (q, KVView(**{**vars(kv), "suffix_len": kv.suffix_len.long()})),
     "layer": lambda q, kv: (q, KVView(**{**vars(kv), "layer": 1})),
     "pool": lambda q, kv: (q, KVView(**{**vars(kv), "pool": kv.pool.float()})),
+    "block_table ": lambda q, kv: (q, KVView(**{**vars(kv), "block_table": kv.block_table.to("meta")})),
 }
 
 
@@ -232,7 +233,7 @@ def test_raises_layout__names_the_field(field: str) -> None:
     q, k, v = random_qkv(2, 4, 2, 2, 300, 64)
     k[1], v[1] = k[0], v[0]
     q, kv = FAULTS[field](q, shared_view(k, v, 256, [2, 2]))
-    with pytest.raises(kvkern.LayoutError, match=rf"^{field} is"):
+    with pytest.raises(kvkern.LayoutError, match=rf"^{field.strip()} is"):
         kvkern.prefix_attention(q, kv)
 
 
