@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON alone: trimmed results, Markdown tables, a figure. `python bench/report.py FILE`."""
+"""From pytest-benchmark's JSON alone: trimmed results, Markdown tables, a figure, the README's numbers. `python bench/report.py FILE`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plot import draw
+from readme import fill
 from tables import SECTIONS, memory_table, section_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +29,7 @@ def main(source: str) -> None:
     kept = RESULTS / f"{date}-cpu.json"
     kept.write_text(json.dumps(results, indent=1) + "\n")
     draw(results["groups"], RESULTS / "cpu.png")
+    fill(results["groups"])
     tables = report(results, kept.name)
     (RESULTS / "README.md").write_text(tables)
     print(tables)

@@ -14,7 +14,7 @@ from bench.bits import compared
 from bench.documents import QUESTION_TOKENS, attend_with, attending, dense_kv, published
 from bench.rotation import REPLAYED, Cell, Variant, replay, rotate
 from bench.shapes import PREFIX_TOKENS, SHORT_TOKENS
-from kvkern import spec
+from kvkern import weights
 from kvkern.layout import shard
 from kvkern.model_patch.store import prefill
 
@@ -83,7 +83,7 @@ def _opens(prefix: kvkern.Prefix, store: kvkern.Store, question: list[int], info
     """Return the ways to attach: in a process that knows nothing yet, in one that does, and to an open prefix."""
 
     def forget() -> None:
-        spec._MODEL_DIGESTS.clear()
+        weights._MODEL_DIGESTS.clear()
         shard._VERIFIED.clear()
 
     def attach(_: int) -> None:

@@ -165,7 +165,7 @@ def prefix_attention(
         kv: the readers; query row t sees all keys but the last `Tq - 1 - t`.
         sm_scale: factor of the scores; `head_dim ** -0.5` when None.
         profile: `exact`.
-        key_run: keys of one output chain: 512 is the contract, "stock" follows stock eager's rule, 1024 is its long run.
+        key_run: keys of one output chain: 512 is the contract, "stock" follows stock eager's rule, 1024 its long run.
         backend: `auto` or `c`.
         return_lse: also return the log-sum-exp.
         out: `[B, Tq, num_q_heads, head_dim]` bf16 to write into; a new tensor when None.
@@ -181,7 +181,8 @@ def prefix_attention(
 
     Bits:
         Out depends on q, the keys and values by position, sm_scale and key_run alone: not on the prefix boundary, the
-        block table, the order of readers, threads, or the split of Tq. lse is accurate to fp32, and not part of the contract.
+        block table, the order of readers, threads, or the split of Tq. lse is accurate to fp32, and not part of the
+        contract.
 
     Source:
         The order is that of Hugging Face `eager` on a CPU with AVX512_BF16 (numeric contract eager-bf16-v1, part A).
@@ -250,7 +251,6 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 def _validate(q: Tensor, kv: KVView) -> None:
     """Refuse what the backend would read out of bounds or misread, naming the field."""
-
     _need(q.dim() == 4 and q.dtype == torch.bfloat16 and q.stride(-1) == 1, "q", f"{tuple(q.shape)} {q.dtype}",
          "bfloat16 [B, num_q_heads, Tq, head_dim] with a dense last axis")  # fmt: skip
     batch, num_q_heads, rows, head_dim = q.shape
@@ -268,11 +268,12 @@ def _validate(q: Tensor, kv: KVView) -> None:
         _need(
             tiles.dim() == 5 and tiles.dtype == torch.bfloat16 and tuple(tiles.shape[-2:]) == last_two
             and tiles.shape[0] == batch and tiles.stride()[-2:] == (last_two[1], 1),
-            name, f"{tuple(tiles.shape)} {tiles.dtype}", f"bfloat16 [{batch}, kv_heads, tiles, {last_two[0]}, {last_two[1]}], "
-            "its last two axes dense",
+            name, f"{tuple(tiles.shape)} {tiles.dtype}",
+            f"bfloat16 [{batch}, kv_heads, tiles, {last_two[0]}, {last_two[1]}], its last two axes dense",
         )  # fmt: skip
     _need(kv.suffix_k.stride()[:3] == kv.suffix_v.stride()[:3] and kv.suffix_k.shape[:3] == kv.suffix_v.shape[:3],
-         "suffix_v", f"{tuple(kv.suffix_v.shape)} with strides {kv.suffix_v.stride()}", "laid out like suffix_k")  # fmt: skip
+         "suffix_v", f"{tuple(kv.suffix_v.shape)} with strides {kv.suffix_v.stride()}",
+         "laid out like suffix_k")  # fmt: skip
     num_kv_heads = kv.suffix_k.shape[1]
     _need(
         num_q_heads % num_kv_heads == 0,
@@ -285,8 +286,8 @@ def _validate(q: Tensor, kv: KVView) -> None:
         _need(field.dtype == torch.int32 and tuple(field.shape) == (batch,) and field.is_contiguous(), name,
              f"{tuple(field.shape)} {field.dtype}", f"contiguous int32 [{batch}]")  # fmt: skip
     table = kv.block_table
-    _need(table.dtype == torch.int64 and table.dim() == 3 and table.shape[2] == 2 and table.is_contiguous(), "block_table",
-         f"{tuple(table.shape)} {table.dtype}", "contiguous int64 [P, max_blocks, 2]")  # fmt: skip
+    _need(table.dtype == torch.int64 and table.dim() == 3 and table.shape[2] == 2 and table.is_contiguous(),
+         "block_table", f"{tuple(table.shape)} {table.dtype}", "contiguous int64 [P, max_blocks, 2]")  # fmt: skip
     _need(kv.prefix_len.dtype == torch.int32 and tuple(kv.prefix_len.shape) == (table.shape[0],), "prefix_len",
          f"{tuple(kv.prefix_len.shape)} {kv.prefix_len.dtype}", f"int32 [{table.shape[0]}]")  # fmt: skip
     _need(kv.pool.dtype == torch.bfloat16, "pool", kv.pool.dtype, "bfloat16")

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -24,18 +24,27 @@ from kvkern.errors import IntegrityError, KvkernError, LayoutError
 
 try:
     import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-    from rich.table import Table
-    from rich.text import Text
     from typer.core import TyperGroup
+
+    from kvkern.cli_view import (
+        Format,
+        counted,
+        demo_view,
+        dialogue,
+        fields,
+        flat,
+        print_result,
+        progress_bar,
+        sized,
+        table,
+        working,
+    )
 except ImportError as missing:
     raise SystemExit(f"kvkern: the command line needs {missing.name}: pip install 'kvkern[cli]'") from None
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kvkern.demo import Comparison, Demo, Times
     from kvkern.layout import BlockStore
 
 USER_ERROR, INTEGRITY_ERROR = 1, 2
@@ -45,13 +54,6 @@ _CONTRACT_ISA = "AVX512_CORE_BF16"
 _ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 # typer carries its own click, whose exceptions it does not export.
 _UsageError: Any = typer.BadParameter.__base__
-
-
-class Format(StrEnum):
-    """How a command prints its result."""
-
-    table = "table"
-    json = "json"
 
 
 class Attention(StrEnum):
@@ -152,9 +154,9 @@ def demo(
     _quiet_transformers()
     from kvkern.demo import run
 
-    with tempfile.TemporaryDirectory() if store is None else nullcontext(store) as root, _working("starting") as say:
+    with tempfile.TemporaryDirectory() if store is None else nullcontext(store) as root, working("starting") as say:
         found = run(Path(root), tokens=tokens, max_new_tokens=max_new_tokens, say=say)
-    _print(output, {**dataclasses.asdict(found), "ok": found.ok}, *_demo_view(found))
+    print_result(output, {**dataclasses.asdict(found), "ok": found.ok}, *demo_view(found))
     if not found.ok:
         _fail("bits differ from stock's on a host whose stock follows the contract's order", INTEGRITY_ERROR)
 
@@ -174,10 +176,10 @@ def publish(
     """
     text = _read_text(file)
     network, tokenizer = _load(model, stock_attention)
-    from kvkern.demo import document_ids
+    from kvkern.asking import document_ids
 
     start = time.perf_counter()
-    with _progress("publishing") as progress:
+    with progress_bar("publishing") as progress:
         done = kvkern.Store(store).publish(network, document_ids(tokenizer, text), salt=salt, progress=progress)
     data = {**dataclasses.asdict(done), "seconds": time.perf_counter() - start}
     view = {
@@ -187,7 +189,7 @@ def publish(
         "bytes": f"{done.payload_bytes:,}",
         "seconds": f"{data['seconds']:.2f}",
     }
-    _print(output, data, _fields(view))
+    print_result(output, data, fields(view))
 
 
 @app.command()
@@ -200,10 +202,10 @@ def ls(store: StoreOption = DEFAULT_STORE, output: FormatOption = Format.table) 
     data = {"store": store, "documents": [dataclasses.asdict(line) for line in found]}
     headers = ("digest", "tokens>", "blocks>", "size>", "architecture", "weights")
     rows = [
-        (d.digest[:16], d.tokens, d.blocks, _size(d.payload_bytes), d.spec.architecture, d.spec.weights[:8])
+        (d.digest[:16], d.tokens, d.blocks, sized(d.payload_bytes), d.spec.architecture, d.spec.weights[:8])
         for d in found
     ]
-    _print(output, data, _table(headers, rows) if rows else "no documents")
+    print_result(output, data, table(headers, rows) if rows else "no documents")
 
 
 @app.command()
@@ -225,7 +227,7 @@ def inspect(
         headers, rows = ("block", "first>", "tokens>", "bytes>"), data["blocks"]
         rest = {name: value for name, value in data.items() if name != "blocks"}
     cells = [["missing" if cell is None else cell for cell in row.values()] for row in rows]
-    _print(output, data, _fields(dict(_flat(rest))), _table(headers, cells))
+    print_result(output, data, fields(dict(flat(rest))), table(headers, cells))
 
 
 def _document(store: BlockStore, digest: str) -> dict[str, Any]:
@@ -284,14 +286,14 @@ def verify(
     """
     blocks = _existing(store)
     start = time.perf_counter()
-    with _progress("verifying") as progress:
+    with progress_bar("verifying") as progress:
         report = blocks.verify(digest, progress)
     seconds = time.perf_counter() - start
     verdict = f"{len(report.defects)} DAMAGED" if report.defects else "every byte as published"
-    read = f"{_count(report.documents, 'document')}, {_count(report.blocks, 'block')}, {_size(report.payload_bytes)}"
+    read = f"{counted(report.documents, 'document')}, {counted(report.blocks, 'block')}, {sized(report.payload_bytes)}"
     problems = [f"{defect.digest[:16]}: {defect.problem}" for defect in report.defects]
     data = {"ok": report.ok, **dataclasses.asdict(report), "seconds": seconds}
-    _print(output, data, f"{read} in {seconds:.2f} s: {verdict}", *problems)
+    print_result(output, data, f"{read} in {seconds:.2f} s: {verdict}", *problems)
     if not report.ok:
         raise typer.Exit(INTEGRITY_ERROR)
 
@@ -313,15 +315,15 @@ def ask(
     """
     _existing(store).resolve(digest)
     network, tokenizer = _load(model, Attention.kvkern)
-    from kvkern.demo import QUESTION
-    from kvkern.demo import ask as answer
+    from kvkern.asking import QUESTION
+    from kvkern.asking import ask as answer
 
     start = time.perf_counter()
-    with _progress("opening") as progress:
+    with progress_bar("opening") as progress:
         prefix = kvkern.Store(store).open(digest, network, salt=salt, progress=progress)
     open_s = time.perf_counter() - start
     template = "{question}" if raw else QUESTION
-    with _working("answering"):
+    with working("answering"):
         found = answer(prefix, tokenizer, questions, max_new_tokens=max_new_tokens, template=template)
     names = ("question", "answer", "new_tokens")
     triples = zip(questions, found.texts, found.new_tokens, strict=True)
@@ -334,9 +336,9 @@ def ask(
         "seconds": found.seconds,
         "tokens_per_second": found.tokens_per_s,
     }
-    opened = f"opened {prefix.tokens:,} tokens in {open_s:.3f} s, {_size(data['verified_bytes'])} verified"
-    speed = f"{_count(sum(found.new_tokens), 'new token')} in {found.seconds:.2f} s, {found.tokens_per_s:.1f} a second"
-    _print(output, data, _dialogue(questions, found.texts), "", f"{opened}; {speed}")
+    opened = f"opened {prefix.tokens:,} tokens in {open_s:.3f} s, {sized(data['verified_bytes'])} verified"
+    speed = f"{counted(sum(found.new_tokens), 'new token')} in {found.seconds:.2f} s, {found.tokens_per_s:.1f} a second"
+    print_result(output, data, dialogue(questions, found.texts), "", f"{opened}; {speed}")
 
 
 @app.command()
@@ -364,7 +366,7 @@ def env(output: FormatOption = Format.table) -> None:
         "plan": _plan(),
         "stock": dataclasses.asdict(stock_order()),
     }
-    _print(output, data, _fields({name: "-" if value is None else value for name, value in _flat(data)}))
+    print_result(output, data, fields({name: "-" if value is None else value for name, value in flat(data)}))
 
 
 def _version(package: str) -> str | None:
@@ -434,130 +436,11 @@ def _load(name: str, attention: Attention) -> tuple[PreTrainedModel, PreTrainedT
     from kvkern.model_patch.load import load_model
 
     is_ours = attention is Attention.kvkern
-    with _working(f"loading {name}"):
+    with working(f"loading {name}"):
         model, tokenizer = load_model(name, attn_implementation="eager" if is_ours else str(attention))
     if is_ours:
         kvkern.patch(model)
     return model, tokenizer
-
-
-@contextmanager
-def _working(text: str) -> Iterator[Callable[[str], None]]:
-    """Spin on a terminal; yields a function that changes the text."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    with Console(stderr=True).status(text) as status:
-        yield status.update
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar of bytes on a terminal; yields what the library calls with (done, total)."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print(output: Format, data: Any, *view: Any) -> None:
-    """Print `data` as one JSON document, or the view."""
-    if output is Format.json:
-        typer.echo(json.dumps(data, indent=2, default=str))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    with console.capture() as captured:
-        for part in view:
-            console.print(part)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Lay out rows; a header that ends in `>` is right-justified."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for header in headers:
-        table.add_column(header.rstrip(">"), justify="right" if header.endswith(">") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(f"{cell:,}" if type(cell) is int else str(cell)) for cell in row))
-    return table
-
-
-def _fields(values: Mapping[str, Any]) -> Table:
-    table = _table(("", ""), values.items())
-    table.show_header = False
-    return table
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _size(count: int) -> str:
-    for factor, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _dialogue(questions: Iterable[str], answers: Iterable[str]) -> str:
-    pairs = zip(questions, answers, strict=True)
-    return "\n\n".join(f"Q: {question}\nA: {answer}" for question, answer in pairs)
-
-
-def _demo_view(found: Demo) -> list[Any]:
-    size = f"{_count(found.blocks, 'block')} of {_size(found.payload_bytes)} in the store"
-    about = {
-        "host": found.host,
-        "document": f"{found.tokens:,} tokens of Python's own help, {size}",
-        "digest": found.digest,
-    }
-    hashes = {"SHA-256 of stock's logits": found.stock_sha256, "SHA-256 of kvkern's logits": found.kvkern_sha256}
-    headers = ("kvkern against stock eager, as 16-bit words", "compared>", "differ>", "Bits")
-    rows = [(c.what, c.count, c.differ, _bits(found, c)) for c in found.comparisons]
-    bits = [_table(headers, rows), _fields(hashes)]
-    said = _dialogue(found.questions, (" ".join(text.split()) for text in found.answers.texts))
-    return [_fields(about), "", said, "", *bits, "", _times(found.times), "", *_in_words(found)]
-
-
-def _bits(found: Demo, comparison: Comparison) -> str:
-    if comparison.differ == 0:
-        return "equal"
-    return "DIFFER" if found.follows or not comparison.is_computed else "not comparable on this host"
-
-
-def _times(t: Times) -> Table:
-    pairs = [
-        ("get the document: stock reads it, kvkern opens it", t.stock_prefill, t.first_open),
-        ("get it again: stock reads it, kvkern opens it", t.stock_prefill, t.later_open),
-        ("read the document (prefill)", t.stock_prefill, t.kvkern_prefill),
-        ("decode one token, one reader", t.stock_step, t.kvkern_step),
-    ]
-    rows = [(what, f"{a * 1e3:,.1f} ms", f"{b * 1e3:,.1f} ms", f"{a / b:,.1f}x") for what, a, b in pairs]
-    return _table(("time", "stock eager>", "kvkern>", "ratio>"), rows)
-
-
-def _in_words(found: Demo) -> list[str]:
-    t, logits = found.times, [c for c in found.comparisons if c.what.startswith("logits")]
-    differ, count = sum(c.differ for c in logits), sum(c.count for c in logits)
-    lines = [
-        f"Stock read the document in {t.stock_prefill:.2f} s. kvkern opened it in {t.first_open:.2f} s the first time, "
-        f"with every byte and the weights through SHA-256, and in {t.later_open:.3f} s after that.",
-        f"{count:,} logits of {found.steps} greedy steps: {differ:,} differ from stock eager.",
-    ]
-    if not found.follows:
-        lines.append(f"Logits are not comparable on this host: {found.reason}.")
-    return lines
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Ask questions about an attached document; and the demo, which does so on real input and compares bits with stock."""
+"""The demo: publish a real document, ask questions about it, and compare every bit with stock."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from kvkern.asking import QUESTION, ask, document_ids, question_rows
 from kvkern.errors import LayoutError
 from kvkern.kernels import native
 from kvkern.layout import unpack
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvkern.asking import Answers
     from kvkern.model_patch.store import Prefix
 
     Say = Callable[[str], None]
 
 _T = TypeVar("_T")
-
-QUESTION = "\n\nQuestion: {question}\nAnswer:"
-"""What a question becomes when it is appended to a document."""
 
 TOPICS = ("debugger", "with", "raise", "for", "import", "try")
 """Help topics that come with Python (pydoc_data.topics), joined in this order: the demo's document."""
@@ -44,26 +43,6 @@ QUESTIONS = (
     "Is the debugger extensible?",
     "What is the typical usage to break into the debugger?",
 )
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one batch of readers said.
-
-    Attributes:
-        texts: one answer per question.
-        new_tokens: tokens of each answer, its end-of-text token included.
-        seconds: time of the batch, reading the questions included.
-    """
-
-    texts: tuple[str, ...]
-    new_tokens: tuple[int, ...]
-    seconds: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens of all readers per second."""
-        return sum(self.new_tokens) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -138,61 +117,6 @@ class Demo:
         return not any(c.differ for c in self.comparisons if self.follows or not c.is_computed)
 
 
-def document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of a document: what the tokenizer makes of it, less an end-of-text token, since more follows."""
-    ids = list(tokenizer(text).input_ids)
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def ask(
-    prefix: Prefix,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    *,
-    max_new_tokens: int,
-    template: str = QUESTION,
-) -> Answers:
-    """Answer questions greedily: one batch, every question a reader of the same attached document.
-
-    Args:
-        prefix: the document, opened for a patched model.
-        tokenizer: the model's.
-        questions: one or more.
-        max_new_tokens: length of the longest answer.
-        template: text around `{question}`.
-
-    Returns:
-        The answers.
-
-    Raises:
-        UnsupportedError: a question has no tokens.
-    """
-    inputs = prefix.prepare(_question_rows(tokenizer, questions, template))
-    start = time.perf_counter()
-    out = prefix.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    seconds = time.perf_counter() - start
-    ends = {tokenizer.eos_token_id, *_ids_of(prefix.model.generation_config.eos_token_id)}
-    rows = [_until(row.tolist(), ends) for row in out[:, inputs["input_ids"].shape[1] :]]
-    texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
-    return Answers(texts, tuple(map(len, rows)), seconds)
-
-
-def _question_rows(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], template: str) -> list[list[int]]:
-    """Tokenise without special tokens: a question goes on from the document."""
-    texts = [template.replace("{question}", question) for question in questions]
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-
-
-def _ids_of(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _until(ids: list[int], ends: set[int | None]) -> list[int]:
-    """Cut behind the first end-of-text token: the rest of the row is padding."""
-    last = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: last + 1]
-
-
 def run(root: Path, *, tokens: int, max_new_tokens: int, say: Say) -> Demo:
     """Publish a document of Python's own help, open it, ask, and compare with stock `eager`.
 
@@ -223,7 +147,7 @@ def run(root: Path, *, tokens: int, max_new_tokens: int, say: Say) -> Demo:
     answers = ask(prefix, tokenizer, QUESTIONS, max_new_tokens=max_new_tokens)
     say("reading the document again through kvkern's attention")
     kvkern_kv, kvkern_prefill_s = _timed(lambda: prefill(reader, ids))
-    rows = _question_rows(tokenizer, QUESTIONS, QUESTION)
+    rows = question_rows(tokenizer, QUESTIONS, QUESTION)
     logits = _Logits.of(stock, cache, prefix, rows, max_new_tokens, say)
     return Demo(
         host=f"torch {torch.__version__}, CPU with {cpu_isa()}, {torch.get_num_threads()} threads",

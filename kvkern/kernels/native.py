@@ -1,7 +1,8 @@
 """The door to csrc_ref: compile the C reference on first use, load it, call it on plain CPU tensors.
 
 `python -m kvkern.kernels.native` compiles ahead of time. The library lands in a per-user cache under a key made of the
-sources, the compiler, its flags and the CPU's features, so a changed source or another machine never meets a stale binary.
+sources, the compiler, its flags and the CPU's features, so a changed source or another machine never meets a stale
+binary.
 """
 
 from __future__ import annotations
@@ -203,7 +204,10 @@ def attend(
         block_tiles: tiles of a full block.
         stride_tile: elements between neighbouring tiles of a block.
         layer_offset: elements from a tile's start to this layer's first KV head.
-        prefix_len, reader_prefix, suffix_len, query_len: int32, see csrc_ref/kvkern.h.
+        prefix_len: int32, see csrc_ref/kvkern.h.
+        reader_prefix: the same.
+        suffix_len: the same.
+        query_len: the same.
         suffix_k: `[B, num_kv_heads, tiles, head_dim, 64]` bf16, the last two axes dense.
         suffix_v: `[B, num_kv_heads, tiles, 64, head_dim]` bf16, with the strides of suffix_k.
         sm_scale: factor of the scores, rounded to fp32.
@@ -238,8 +242,10 @@ def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot:
     """Write the last `count[b]` of each reader's new tokens into its suffix tiles.
 
     Args:
-        k, v: `[B, num_kv_heads, T, head_dim]` bf16, innermost axis dense.
-        suffix_k, suffix_v: tiles as in `attend`, written in place.
+        k: `[B, num_kv_heads, T, head_dim]` bf16, innermost axis dense.
+        v: the same.
+        suffix_k: tiles as in `attend`, written in place.
+        suffix_v: the same.
         first_slot: `[B]` int32, place in the suffix tiles of the first written token.
         count: `[B]` int32, tokens written per reader, at most T.
     """

@@ -5,85 +5,35 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
-import stat
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from kvkern.errors import IntegrityError, KvkernError, LayoutError
+from kvkern.layout.files import TEMPORARY, holds, sync_directory, write_atomically
 from kvkern.layout.index import chain_keys, decode_index, encode_index, matched_tokens, token_tensor
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.pool import Document
-from kvkern.layout.shard import Shard, encode_shard, map_shard, payload_bytes, read_tokens
+from kvkern.layout.records import Defect, Published, Report, Summary
+from kvkern.layout.shard import encode_shard, map_shard, payload_bytes, read_tokens
 from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, pack, require_finite_kv
-from kvkern.spec import KVSpec, is_digest
+from kvkern.spec import is_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from kvkern.layout.shard import Shard
+    from kvkern.spec import KVSpec
 
 FORMAT = "kvkern-store-v1"
 Progress = Callable[[int, int], None]
 _FOLDERS = ("blocks", "manifests", "index")
-_TEMPORARY = ".tmp-"
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Published:
-    """What `put` did.
-
-    Attributes:
-        digest: the document's name, 64 hex digits.
-        tokens: tokens of the document.
-        blocks_new: blocks written now.
-        blocks_reused: blocks that were there already, such as those of a shared beginning.
-        payload_bytes: bytes of token ids, K and V over all blocks, new and reused.
-    """
-
-    digest: str
-    tokens: int
-    blocks_new: int
-    blocks_reused: int
-    payload_bytes: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One line of `ls`: a document's name, tokens, blocks, payload in bytes, and spec."""
-
-    digest: str
-    tokens: int
-    blocks: int
-    payload_bytes: int
-    spec: KVSpec
-
-
-@dataclass(frozen=True)
-class Defect:
-    """One finding of `verify`: the document concerned, the file, and what is wrong with it."""
-
-    digest: str
-    path: Path
-    problem: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `verify` read (documents, blocks, payload in bytes) and every defect it found."""
-
-    documents: int
-    blocks: int
-    payload_bytes: int
-    defects: tuple[Defect, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.defects
 
 
 class BlockStore:
@@ -113,10 +63,10 @@ class BlockStore:
         self.root.mkdir(parents=True, exist_ok=True)
         marker = self.root / "format"
         if not marker.exists():
-            names = {p.name for p in self.root.iterdir() if not p.name.startswith(_TEMPORARY)}
+            names = {p.name for p in self.root.iterdir() if not p.name.startswith(TEMPORARY)}
             if names - {"format", *_FOLDERS}:
                 raise LayoutError(f"{self.root}: not a kvkern store; give a new or an empty directory")
-            _write_atomically(marker, FORMAT.encode())
+            write_atomically(marker, FORMAT.encode())
         found = marker.read_text(errors="replace").strip()
         if found != FORMAT:
             raise LayoutError(
@@ -125,7 +75,7 @@ class BlockStore:
             )
         for name in _FOLDERS:
             (self.root / name).mkdir(exist_ok=True)
-        _sync_directory(self.root)
+        sync_directory(self.root)
 
     def put(
         self,
@@ -160,10 +110,10 @@ class BlockStore:
             data = encode_shard(spec, BLOCK_TOKENS * i, tokens, k_tiles[tiles], v_tiles[tiles])
             block_id = hashlib.sha256(data).hexdigest()
             path = self.block_path(block_id)
-            if _holds(path, data):
+            if holds(path, data):
                 return block_id, False
             path.parent.mkdir(exist_ok=True)
-            _write_atomically(path, data)
+            write_atomically(path, data)
             return block_id, True
 
         counts = [min(BLOCK_TOKENS, ids.numel() - i) for i in range(0, ids.numel(), BLOCK_TOKENS)]
@@ -172,10 +122,10 @@ class BlockStore:
         manifest = Manifest(spec, ids.numel(), tuple(block_id for block_id, _ in done))
         # Reused blocks too: another process may have renamed them and not yet made that durable.
         for folder in {self.block_path(block_id).parent for block_id in manifest.blocks}:
-            _sync_directory(folder)
-        _sync_directory(self.root / "blocks")
-        _write_atomically(self.manifest_path(manifest.digest), manifest.to_bytes())
-        _sync_directory(self.root / "manifests")
+            sync_directory(folder)
+        sync_directory(self.root / "blocks")
+        write_atomically(self.manifest_path(manifest.digest), manifest.to_bytes())
+        sync_directory(self.root / "manifests")
         self._write_index(manifest, chain_keys(spec.digest, ids))
         new = sum(is_new for _, is_new in done)
         return Published(manifest.digest, ids.numel(), new, len(done) - new, sum(sizes))
@@ -356,7 +306,7 @@ class BlockStore:
     def _write_index(self, manifest: Manifest, keys: Sequence[str]) -> None:
         path = self._index_path(manifest)
         try:
-            _write_atomically(path, encode_index(manifest.digest, keys))
+            write_atomically(path, encode_index(manifest.digest, keys))
         except OSError as error:  # the document itself is published and safe
             warnings.warn(f"{path} could not be written ({error}); searches rebuild it", stacklevel=3)
 
@@ -380,35 +330,3 @@ def _in_threads(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return results
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        info = path.lstat()
-        return stat.S_ISREG(info.st_mode) and info.st_size == len(data) and path.read_bytes() == data
-    except FileNotFoundError:
-        return False
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data` or stay as it was; the caller syncs the directory."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

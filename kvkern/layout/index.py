@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +11,11 @@ from kvkern.errors import LayoutError
 from kvkern.layout.shard import MAX_TOKENS
 from kvkern.layout.tiles import BLOCK_TOKENS
 from kvkern.spec import canonical_json, is_digest, parse_json, tagged_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
 
 FORMAT = "kvkern-index-v1"
 _KEYS = {"check", "format", "keys", "manifest"}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvkern.errors import LayoutError
-from kvkern.layout.manifest import Manifest
-from kvkern.layout.shard import Shard
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvkern.layout.manifest import Manifest
+    from kvkern.layout.shard import Shard
 
 
 @dataclass(frozen=True, eq=False)

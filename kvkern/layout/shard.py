@@ -9,8 +9,7 @@ import mmap
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +20,9 @@ from torch import Tensor
 from kvkern.errors import IntegrityError, LayoutError, SpecMismatchError
 from kvkern.layout.tiles import BLOCK_TOKENS, TILE_TOKENS, tiles_for
 from kvkern.spec import KVSpec, canonical_json, parse_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = "kvkern-block-v1"
 ALIGNMENT_BYTES = 4096

@@ -66,7 +66,7 @@ def attention_forward(
 
 
 def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attend over a cache of plain tensors; each row is packed without its padding, so it has the bits of a lone row."""
+    """Attend over a cache of plain tensors; each row is packed without its padding and has the bits of a lone row."""
     if k.device.type == "meta":
         raise KvkernError(
             "a PrefixCache met a model that does not hand its keys on unchanged: this architecture is not supported"
@@ -75,7 +75,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling:
         raise UnsupportedError(
             f"value head_dim {v.shape[-1]} differs from the key's {k.shape[-1]}: kvkern needs them equal"
         )
-    batch, rows, columns = k.shape[0], q.shape[2], k.shape[2]
+    rows, columns = q.shape[2], k.shape[2]
     if mask is None:
         kv = KVView.from_dense(k, v, query_len=min(rows, columns))
         return prefix_attention(q, kv, sm_scale=scaling)

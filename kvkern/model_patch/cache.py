@@ -49,7 +49,8 @@ class _Step:
 class PrefixCache(Cache):
     """A cache over an attached prefix, made by `Prefix.prepare`. Readers share the prefix; each owns a suffix.
 
-    Columns are what transformers counts: prefix, then padding of ragged questions, then tokens. Padding is never stored.
+    Columns are what transformers counts: prefix, then padding of ragged questions, then tokens. Padding is never
+    stored.
     """
 
     def __init__(self, prefix: Prefix, batch: int) -> None:
@@ -119,8 +120,8 @@ class PrefixCache(Cache):
             raise KvkernError(_HALF_UPDATED)
         if key_states.shape != value_states.shape:
             raise UnsupportedError(
-                f"value states {tuple(value_states.shape)} differ from key states {tuple(key_states.shape)}: kvkern needs "
-                "one head_dim for both"
+                f"value states {tuple(value_states.shape)} differ from key states {tuple(key_states.shape)}: "
+                "kvkern needs one head_dim for both"
             )
         batch, heads, _, head_dim = key_states.shape
         if step.slots > (0 if layer.suffix_k is None else layer.suffix_k.shape[2] * TILE_TOKENS):
@@ -215,9 +216,9 @@ class PrefixCache(Cache):
             expected = step.suffix_len + (self.prefix.tokens - 1)
             if bool(((last != expected) & (step.query_len > 0)).any()):
                 raise UnsupportedError(
-                    f"position_ids end at {last.tolist()}, the readers' last tokens stand at {expected.tolist()}: the cache was "
-                    "used since these inputs were made, or ragged rows lack their position_ids. Take fresh inputs from "
-                    "prepare()."
+                    f"position_ids end at {last.tolist()}, the readers' last tokens stand at {expected.tolist()}: the "
+                    "cache was used since these inputs were made, or ragged rows lack their position_ids. Take fresh "
+                    "inputs from prepare()."
                 )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -267,8 +268,8 @@ class LayerHandle:
         """Return what the kernel reads, for the module that attends.
 
         Raises:
-            UnsupportedError: the module belongs to another model than the one that opened the prefix, or mask or positions
-                are not those of the cache.
+            UnsupportedError: the module belongs to another model than the one that opened the prefix, or mask or
+                positions are not those of the cache.
         """
         if module.config is not self.cache.prefix.model.config.get_text_config():
             raise UnsupportedError(
@@ -301,7 +302,8 @@ class PrefixCacheLayer(CacheLayerMixin):
             heads: KV heads.
             head_dim: channels.
             slots: slots needed in all.
-            tail: K `[heads, head_dim, t]` and V `[heads, t, head_dim]` of the prefix's last t tokens past its last full tile.
+            tail: K `[heads, head_dim, t]` and V `[heads, t, head_dim]` of the prefix's last t tokens past its
+                last full tile.
         """
         tiles = -(-slots // TILE_TOKENS)
         old_k, old_v = self.suffix_k, self.suffix_v

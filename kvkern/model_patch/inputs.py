@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvkern.model_patch.cache import PrefixCache
     from kvkern.model_patch.store import Prefix
 
-TokenIds = "Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]"
+    TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 def prepare(
@@ -121,8 +121,8 @@ def _with_uncached_tail(ids: Tensor, mask: Tensor, cache: PrefixCache, after: Te
     seen = cache.columns - cache.prefix.tokens
     if not 0 <= after.shape[1] - seen <= 1:
         raise LayoutError(
-            f"after has {after.shape[1]} tokens, the cache has seen {seen} since the prefix: pass the output of the last "
-            "generate() on this cache"
+            f"after has {after.shape[1]} tokens, the cache has seen {seen} since the prefix: pass the output of the "
+            "last generate() on this cache"
         )
     tail = after[:, seen:]
     if bool((~mask).any()) and tail.shape[1]:

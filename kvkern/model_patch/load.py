@@ -61,7 +61,7 @@ def _smollm2_file() -> Path:
 
 
 def _unpacked(gguf: Path) -> Path:
-    """Convert a GGUF file once into a bf16 Hugging Face directory in the user's cache, so that later loads are quick."""
+    """Convert a GGUF file once into a bf16 Hugging Face directory in the user's cache, so that later ones are quick."""
     if not gguf.is_file():
         raise LayoutError(f"GGUF file {str(gguf)!r} does not exist")
     stat = gguf.stat()

