@@ -9,15 +9,16 @@ from tables import MISSING, bits, markdown, number
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
-# (what, group, kvkern's variant)
+# (what, group of the JSON, kvkern's variant, eager's, sdpa's)
+ATTACH = "attach-vs-prefill/3774"
 LINES = (
     ("decode attention, Qwen3-4B layer, 3,774 keys, 1 reader", "decode-attention/qwen3-4b", "kvkern", "eager", "sdpa"),
     ("the same, 8 readers of one prefix", "readers/qwen3-4b", "kvkern-B8", "eager-B8", "sdpa-B8"),
     ("decode step of SmolLM2-135M after 3,774 tokens", "decode-step", "kvkern", "eager", "sdpa"),
     ("the same step with no attention, mask or cache", "decode-step", "no-op", "", ""),
-    ("get 3,774 tokens: first open against prefill", "attach-vs-prefill/3774", "first-open", "eager-prefill", "sdpa-prefill"),
-    ("get 3,774 tokens: later open against prefill", "attach-vs-prefill/3774", "later-open", "eager-prefill", "sdpa-prefill"),
-    ("prefill of 3,774 tokens", "attach-vs-prefill/3774", "kvkern-prefill", "eager-prefill", "sdpa-prefill"),
+    ("get 3,774 tokens: first open against prefill", ATTACH, "first-open", "eager-prefill", "sdpa-prefill"),
+    ("get 3,774 tokens: later open against prefill", ATTACH, "later-open", "eager-prefill", "sdpa-prefill"),
+    ("prefill of 3,774 tokens", ATTACH, "kvkern-prefill", "eager-prefill", "sdpa-prefill"),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON alone: trimmed results, Markdown tables, a figure, the README's numbers. `python bench/report.py FILE`."""
+"""From pytest-benchmark's JSON alone: results, tables, a figure, the README's numbers. `bench/report.py FILE`."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def padding_mask(
     if attention_mask.shape[-1] != kv_length:
         raise UnsupportedError(
             f"attention_mask has {attention_mask.shape[-1]} columns, the cache and this call have {kv_length}: the "
-            "cache was used since these inputs were made, or the mask covers the new tokens alone. Take fresh inputs from "
+            "cache was used since these inputs were made, or the mask covers new tokens alone. Take fresh inputs from "
             "prepare()."
         )
     return None if bool(attention_mask.all()) else attention_mask
