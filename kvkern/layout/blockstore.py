@@ -47,6 +47,7 @@ class BlockStore:
 
     Example:
         >>> import tempfile, torch
+        >>> from kvkern import KVSpec
         >>> spec = KVSpec("0" * 64, "Tiny", 1, 1, 1, 64, config={})
         >>> k = torch.randn(1, 1, 300, 64).bfloat16()
         >>> with tempfile.TemporaryDirectory() as root:
