@@ -14,7 +14,8 @@ help: ## list the targets
 demo: $(VENV)/.ready ## publish a document and read it twice, on a small real model
 	$(VENV)/bin/kvkern demo
 
-test: $(VENV)/.ready ## run the test suite
+test: $(VENV)/.ready ## run the docstrings' examples and the test suite
+	$(PY) -m pytest --doctest-modules kvkern -q
 	$(PY) -m pytest tests
 
 test-long: $(VENV)/.ready ## run the test suite with the long figures
