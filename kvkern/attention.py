@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -69,18 +69,21 @@ class KVView:
 
         Raises:
             LayoutError: k and v differ in shape, or are not bf16 of rank 4.
+            UnsupportedError: they are not on a CPU.
         """
         if k.shape != v.shape or k.dim() != 4 or k.dtype != torch.bfloat16 or v.dtype != torch.bfloat16:
             raise LayoutError(
                 f"k and v must be bfloat16 [B, kv_heads, T, head_dim] of one shape, got {tuple(k.shape)} {k.dtype} "
                 f"and {tuple(v.shape)} {v.dtype}"
             )
+        native.require_cpu(k)
+        native.require_cpu(v)
         batch, heads, length, head_dim = k.shape
         count = _int32(length, batch) if lens is None else lens
         tiles = max(1, -(-length // TILE_TOKENS))
         suffix_k = k.new_zeros(batch, heads, tiles, head_dim, TILE_TOKENS)
         suffix_v = v.new_zeros(batch, heads, tiles, TILE_TOKENS, head_dim)
-        native.append(_dense_rows(k), _dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count)
+        native.append(native.dense_rows(k), native.dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count)
         return cls(
             pool=suffix_k,
             block_table=torch.zeros(1, 0, 2, dtype=torch.int64),
@@ -91,10 +94,6 @@ class KVView:
             suffix_len=count,
             query_len=_int32(query_len, batch) if isinstance(query_len, int) else query_len,
         )
-
-    def at_layer(self, layer: int, suffix_k: Tensor, suffix_v: Tensor) -> KVView:
-        """Return the same readers at another layer, whose suffix tiles are given."""
-        return replace(self, layer=layer, suffix_k=suffix_k, suffix_v=suffix_v)
 
 
 @dataclass(frozen=True)
@@ -243,10 +242,6 @@ def launch(
 
 def _int32(value: int, length: int) -> Tensor:
     return torch.full((length,), value, dtype=torch.int32)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _validate(q: Tensor, kv: KVView) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvkern.environment import c_compiler, user_cache
 from kvkern.errors import LayoutError, UnsupportedError
 
 ABI = 1
@@ -99,7 +99,7 @@ def plan_build(sources: Path | None = None) -> Build:
     Raises:
         UnsupportedError: there is no C compiler.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    compiler = c_compiler()
     if compiler is None:
         raise UnsupportedError(
             "no C compiler found (looked for $CC, cc, gcc, clang): kvkern's CPU backend is C and is compiled on first "
@@ -109,15 +109,15 @@ def plan_build(sources: Path | None = None) -> Build:
     flags = [*_BIT_SAFE_FLAGS, "-march=native"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
-    if _openmp_runtime() is not None:
+    # clang would ask for another OpenMP runtime than the one that torch brings: one thread then.
+    if _openmp_runtime() is not None and "clang" not in version.lower():
         flags.append("-fopenmp")
     key = hashlib.sha256()
     folder = sources or source_dir()
     for path in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     key.update("\0".join([compiler, version, *flags, platform.machine(), _cpu_features()]).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvkern" / "csrc"
-    return Build(compiler, version, tuple(flags), folder, cache / f"libkvkern-{key.hexdigest()[:32]}.so")
+    return Build(compiler, version, tuple(flags), folder, user_cache("csrc") / f"libkvkern-{key.hexdigest()[:32]}.so")
 
 
 def compile_library(build: Build) -> Path:
@@ -258,6 +258,23 @@ def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot:
         stride_sb=suffix_k.stride(0), stride_sh=suffix_k.stride(1), stride_st=suffix_k.stride(2),
     )  # fmt: skip
     library().kv_append(ctypes.addressof(call))
+
+
+def require_cpu(tensor: Tensor) -> None:
+    """Refuse a tensor that C cannot read.
+
+    Raises:
+        UnsupportedError: it is on another device.
+    """
+    if tensor.device.type != "cpu":
+        raise UnsupportedError(
+            f"a tensor on {tensor.device}: this version runs on a CPU only, move model and inputs there"
+        )
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied only when its innermost axis is not dense."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 
 from kvkern.attention import KVView, launch, prefix_attention
 from kvkern.errors import KvkernError, UnsupportedError
+from kvkern.kernels import native
 from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def attention_forward(
         return _attend_plain(query, key, value, attention_mask, scaling), None
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
-    launch(query, handle.view(module, attention_mask, kwargs.get("position_ids")), out, None, sm_scale=scaling)
+    kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
+    launch(native.dense_rows(query), kv, out, None, sm_scale=scaling)
     return out, None
 
 

@@ -127,8 +127,8 @@ class PrefixCache(Cache):
         if step.slots > (0 if layer.suffix_k is None else layer.suffix_k.shape[2] * TILE_TOKENS):
             layer.reserve(batch, heads, head_dim, step.slots, self.prefix.tail(layer_idx))
         native.append(
-            key_states,
-            value_states,
+            native.dense_rows(key_states),
+            native.dense_rows(value_states),
             layer.suffix_k,
             layer.suffix_v,
             step.first_slot,
@@ -148,6 +148,7 @@ class PrefixCache(Cache):
             )
         if key_states.dtype != torch.bfloat16:
             raise UnsupportedError(f"keys in {key_states.dtype}: kvkern caches bfloat16")
+        native.require_cpu(key_states)
         if self.layers[0].columns != self.columns:
             raise KvkernError(_HALF_UPDATED)
         self._expand(key_states.shape[0])

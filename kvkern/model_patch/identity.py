@@ -24,7 +24,7 @@ _IRRELEVANT = frozenset(
     label2id initializer_range is_decoder is_encoder_decoder output_attentions output_hidden_states pretraining_tp
     problem_type quantization_config return_dict tie_word_embeddings tokenizer_class transformers_version use_cache
     cross_attention_hidden_size add_cross_attention tie_encoder_decoder prefix finetuning_task task_specific_params
-    max_position_embeddings num_hidden_layers num_attention_heads num_key_value_heads head_dim model_type
+    num_hidden_layers num_attention_heads num_key_value_heads head_dim model_type
     max_window_layers layer_types sliding_window use_sliding_window
     """.split()  # noqa: SIM905 quoted one by one the names would be harder to read
 )

@@ -82,8 +82,8 @@ def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int)
     else:
         if attention_mask is not None:
             raise LayoutError("attention_mask goes with a tensor of input_ids; rows of a list have their own length")
-        nested = len(input_ids) > 0 and not isinstance(input_ids[0], int)
-        rows = [torch.as_tensor(row, dtype=torch.int64).reshape(-1) for row in (input_ids if nested else [input_ids])]
+        is_nested = len(input_ids) > 0 and torch.as_tensor(input_ids[0]).dim() > 0
+        rows = [_id_row(row) for row in (input_ids if is_nested else [input_ids])]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -91,6 +91,13 @@ def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int)
         ids[b, width - len(row) :] = row
         mask[b, width - len(row) :] = True
     return ids, mask
+
+
+def _id_row(row: Sequence[int] | Tensor) -> Tensor:
+    ids = torch.as_tensor(row).reshape(-1)
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise LayoutError(f"input_ids must be integers, got a row of {ids.dtype}")
+    return ids.long()
 
 
 def _pad_id(prefix: Prefix) -> int:

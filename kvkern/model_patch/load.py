@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvkern.environment import user_cache
 from kvkern.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _unpacked(gguf: Path) -> Path:
     if not gguf.is_file():
         raise LayoutError(f"GGUF file {str(gguf)!r} does not exist")
     stat = gguf.stat()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvkern" / "models"
+    cache = user_cache("models")
     target = cache / f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     if target.is_dir():
         return target

@@ -51,6 +51,11 @@ def padding_mask(
         raise UnsupportedError(
             f"the cache drops keys (kv_offset {kv_offset}): kvkern attends to all keys of a sequence"
         )
+    if int(q_offset) + q_length != kv_length:
+        raise UnsupportedError(
+            f"the cache shows {kv_length} columns for {int(q_offset)} tokens and {q_length} queries, as a static one: "
+            "use a PrefixCache, a DynamicCache or none, or call kvkern.unpatch(model)"
+        )
     if attention_mask is None:
         return None
     if attention_mask.shape[-1] != kv_length:

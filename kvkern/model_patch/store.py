@@ -20,6 +20,7 @@ from kvkern.layout import (
     Summary,
     map_pool,
 )
+from kvkern.layout.index import token_tensor
 
 if TYPE_CHECKING:
     import os
@@ -90,9 +91,10 @@ class Store:
         if producer != "stock":
             raise UnsupportedError(f"producer {producer!r} is not available: this version publishes 'stock'")
         require_supported(model)
-        ids = torch.as_tensor(doc_ids).reshape(1, -1)
-        if ids.numel() == 0 or ids.is_floating_point():
-            raise LayoutError(f"doc_ids must be at least one integer id, got {ids.numel()} of {ids.dtype}")
+        try:
+            ids = token_tensor(doc_ids)[None]
+        except LayoutError as error:
+            raise LayoutError(f"doc_ids: {error}") from None
         spec = spec_of(model, producer=producer, salt=salt)
         k, v = prefill(model, ids)
         return self.put(spec, ids, k, v, progress=progress)
@@ -209,6 +211,7 @@ class Prefix:
             cache: a live cache of this prefix, for a further turn; a fresh one when None.
             after: the output of the last `generate()` on that cache. Its last token was sampled and never read by the
                 model, so it is put in front of `input_ids`. Leave it out when `input_ids` begins with that token.
+                Rows that ended early keep the padding that generate() gave them, as in transformers.
 
         Returns:
             `input_ids [B, T]`, `attention_mask [B, columns + T]`, `position_ids [B, T]`, `past_key_values`. Padding of

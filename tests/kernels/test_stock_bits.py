@@ -116,8 +116,7 @@ TWINS = {
     "run sums right to left": (
         "attention.c",
         "for (int64_t run = 1; run < num_runs; run++)",
-        "memcpy(sum, row->runs + (num_runs - 1) * head_dim, (size_t)head_dim * sizeof(float) * (num_runs > 2));\n"
-        "    for (int64_t run = num_runs > 2 ? 1 : 1; run < num_runs - (num_runs > 2); run++)",
+        "for (int64_t run = num_runs - 1; run >= 1; run--)",
     ),
 }  # fmt: skip
 

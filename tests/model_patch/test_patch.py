@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,23 @@ def test_prepare__builds_full_mask_and_positions(prefix) -> None:
     assert inputs["attention_mask"].shape == (2, 73)
     assert inputs["attention_mask"][1].tolist() == [1] * 70 + [0, 0, 1]
     assert inputs["position_ids"].tolist() == [[70, 71, 72], [70, 70, 70]]
+
+
+def test_prepare__a_list_of_numpy_integers_is_one_row(prefix) -> None:
+    row = list(np.array([5, 6, 7]))
+    assert prefix.prepare(row)["input_ids"].tolist() == [[5, 6, 7]]
+    assert prefix.prepare([np.array([5, 6]), [7]])["input_ids"].tolist() == [[5, 6], [0, 7]]
+
+
+def test_bits_cache__strided_states_are_read_by_their_strides(prefix, model) -> None:
+    """Some models hand over states whose innermost axis is not dense."""
+    caches = [prefix.prepare([5, 6])["past_key_values"] for _ in range(2)]
+    k, v = torch.randn(2, 1, 2, 2, 32).bfloat16()
+    caches[0].update(k, v, 0)
+    caches[1].update(*(x.mT.contiguous().mT for x in (k, v)), 0)
+    views = [cache.view(0) for cache in caches]
+    for name in ("suffix_k", "suffix_v"):
+        assert differing(*(getattr(view, name) for view in views)) == 0
 
 
 def test_prepare__takes_what_a_tokenizer_returns(prefix, model) -> None:
@@ -134,5 +152,6 @@ def test_spec__two_versions_of_a_model_class_agree() -> None:
     from kvkern.model_patch.identity import spec_of
 
     spec = spec_of(tiny("qwen3"))
-    assert set(spec.config) == {"attention_bias", "hidden_act", "hidden_size", "intermediate_size", "rms_norm_eps",
+    assert set(spec.config) == {"attention_bias", "hidden_act", "hidden_size", "intermediate_size",
+                                "max_position_embeddings", "rms_norm_eps",
                                 "rope_parameters", "vocab_size"}  # fmt: skip

@@ -224,3 +224,39 @@ def test_raises_publish__what_cannot_be_published(store, doc, model) -> None:
     with pytest.raises(LayoutError, match="v"):
         store.publish(model, doc)
     assert store.ls() == []
+
+
+def test_raises_cache__a_static_cache_has_columns_beyond_the_queries(model) -> None:
+    from transformers import StaticCache
+
+    kvkern.patch(model)
+    with pytest.raises(UnsupportedError, match="static one"):
+        model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=StaticCache(config=model.config, max_cache_len=16))
+
+
+def test_raises_device__the_c_backend_reads_cpu_memory_only(prefix) -> None:
+    cache = prefix.prepare([5, 6])["past_key_values"]
+    k = torch.zeros(1, 2, 2, 32, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(UnsupportedError, match="meta"):
+        cache.update(k, k, 0)
+    with pytest.raises(UnsupportedError, match="meta"):
+        kvkern.KVView.from_dense(k, k)
+
+
+def test_raises_publish__several_rows_are_not_one_document(store, model) -> None:
+    with pytest.raises(LayoutError, match="doc_ids"):
+        store.publish(model, torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(LayoutError, match="doc_ids"):
+        store.publish(model, [1.5, 2.0])
+
+
+def test_raises_prepare__fractions_are_no_ids(prefix) -> None:
+    with pytest.raises(LayoutError, match="integers"):
+        prefix.prepare([[1.5, 2.0]])
+
+
+def test_raises_open__another_context_length(store, doc) -> None:
+    """Scaled RoPE may depend on max_position_embeddings."""
+    digest = store.publish(tiny("qwen3"), doc).digest
+    with pytest.raises(SpecMismatchError, match=r"config\.max_position_embeddings"):
+        store.open(digest, tiny("qwen3", max_position_embeddings=4096))
