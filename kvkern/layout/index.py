@@ -21,11 +21,12 @@ FORMAT = "kvkern-index-v1"
 _KEYS = {"check", "format", "keys", "manifest"}
 
 
-def token_tensor(token_ids: Any) -> Tensor:
+def token_tensor(token_ids: Any, name: str = "token_ids") -> Tensor:
     """Check token ids and return them as `[n]` int64 on the CPU.
 
     Args:
         token_ids: `[n]` or `[1, n]` integers in [0, 2^31), as a tensor, an array or a sequence.
+        name: what the caller calls them, for the message.
 
     Raises:
         LayoutError: they do not have this form.
@@ -33,18 +34,18 @@ def token_tensor(token_ids: Any) -> Tensor:
     try:
         ids = torch.as_tensor(token_ids).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise LayoutError(f"token_ids must be integers [n] or [1, n]: {error}") from None
+        raise LayoutError(f"{name} must be integers [n] or [1, n]: {error}") from None
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
     shape = tuple(ids.shape)
     if ids.dim() != 1 or not 0 < ids.numel() < MAX_TOKENS:
-        raise LayoutError(f"token_ids must be [n] or [1, n] with n >= 1, got {shape}")
+        raise LayoutError(f"{name} must be [n] or [1, n] with at least one id, got {shape}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise LayoutError(f"token_ids must be integers, got {ids.dtype}")
+        raise LayoutError(f"{name} must be integers, got {ids.dtype}")
     ids = ids.to(torch.int64)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= 1 << 31:
-        raise LayoutError(f"token_ids must lie in [0, 2^31), got {low} to {high}")
+        raise LayoutError(f"{name} must lie in [0, 2^31), got {low} to {high}")
     return ids
 
 

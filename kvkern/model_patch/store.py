@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvkern.contract import TILE_TOKENS
-from kvkern.errors import LayoutError, SpecMismatchError, UnsupportedError
+from kvkern.errors import SpecMismatchError, UnsupportedError
 from kvkern.layout import (
     BLOCK_TILES,
     BlockStore,
@@ -91,10 +91,7 @@ class Store:
         if producer != "stock":
             raise UnsupportedError(f"producer {producer!r} is not available: this version publishes 'stock'")
         require_supported(model)
-        try:
-            ids = token_tensor(doc_ids)[None]
-        except LayoutError as error:
-            raise LayoutError(f"doc_ids: {error}") from None
+        ids = token_tensor(doc_ids, "doc_ids")[None]
         spec = spec_of(model, producer=producer, salt=salt)
         k, v = prefill(model, ids)
         return self.put(spec, ids, k, v, progress=progress)
