@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
 
 
 class KvkernError(Exception):
@@ -15,6 +18,25 @@ class IntegrityError(KvkernError):
 
 class LayoutError(KvkernError):
     """A file, tensor or table does not have the form that FORMAT.md or the call requires."""
+
+
+class AccessError(LayoutError, OSError):
+    """The file system refused: permission, no space, too many open files, input or output error.
+
+    That proves nothing about the file: it is left where it is, and the call may be repeated.
+
+    Args:
+        path: the file or directory.
+        operation: what was refused, such as `open`.
+        error: what the system said; its `errno` is kept.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], operation: str, error: OSError) -> None:
+        self.path, self.operation = path, operation
+        super().__init__(error.errno, f"{path}: {operation}: {error.strerror or error}. {_remedy(error)}")
+
+    def __str__(self) -> str:
+        return self.strerror
 
 
 class UnsupportedError(KvkernError):
@@ -36,3 +58,19 @@ class SpecMismatchError(KvkernError):
             f"spec field {field!r} differs: the document was published with {stored!r}, the reader has "
             f"{wanted!r}. Open it with the model that published it, or publish it again with this one."
         )
+
+
+def _remedy(error: OSError) -> str:
+    import errno
+
+    return {
+        errno.EMFILE: "Raise the limit of open files (ulimit -n) or close some, then try again.",
+        errno.ENFILE: "The system is out of open files; close some, then try again.",
+        errno.ENOSPC: "Free some space, then try again; nothing is published.",
+        errno.EDQUOT: "Free some of your quota, then try again; nothing is published.",
+        errno.EROFS: "The file system is read-only: reading works, publishing needs a writable one.",
+        errno.EACCES: "Ask for permission to this path, then try again.",
+        errno.EPERM: "Ask for permission to this path, then try again.",
+        errno.EIO: "The device failed to read or write; the file was left in place, try again.",
+        errno.EXDEV: "The store's folders must lie on one file system.",
+    }.get(error.errno or 0, "The file was left in place; try again.")

@@ -9,9 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvkern.errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PRODUCERS = ("stock", "contract")
 ABSENT = "(absent)"
@@ -177,27 +180,32 @@ class KVSpec:
         """Bytes of K and V for one token: 2 tensors x layers x KV heads x head_dim x 2 bytes."""
         return 4 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    def first_difference(
+    def differences(
         self, other: KVSpec, *, ignore: tuple[str, ...] = ("producer", "producer_info", "salt")
-    ) -> tuple[str, Any, Any] | None:
-        """Find the first field that differs; `weights`, which explains least, comes last.
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """Find the fields that differ; `weights`, which explains least, comes last.
 
         Args:
             other: the spec to compare with.
             ignore: names that may differ, whole subtrees included.
 
-        Returns:
-            `(dotted name, mine, theirs)` or None; "(absent)" where one side lacks the field.
+        Yields:
+            `(dotted name, mine, theirs)`; "(absent)" where one side lacks the field.
         """
         mine, theirs = _flatten(self.to_json()), _flatten(other.to_json())
         for name in sorted({**mine, **theirs}, key=lambda name: name == "weights"):
             if any(name == skip or name.startswith(f"{skip}.") for skip in ignore):
                 continue
             if name not in mine or name not in theirs:
-                return name, mine.get(name, ABSENT), theirs.get(name, ABSENT)
-            if canonical_json(mine[name]) != canonical_json(theirs[name]):
-                return name, mine[name], theirs[name]
-        return None
+                yield name, mine.get(name, ABSENT), theirs.get(name, ABSENT)
+            elif canonical_json(mine[name]) != canonical_json(theirs[name]):
+                yield name, mine[name], theirs[name]
+
+    def first_difference(
+        self, other: KVSpec, *, ignore: tuple[str, ...] = ("producer", "producer_info", "salt")
+    ) -> tuple[str, Any, Any] | None:
+        """Return the first of `differences`, or None."""
+        return next(self.differences(other, ignore=ignore), None)
 
 
 def _refuse(name: str, given: Any, allowed: str) -> NoReturn:

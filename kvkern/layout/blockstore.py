@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kvkern.errors import IntegrityError, KvkernError, LayoutError
-from kvkern.layout.files import TEMPORARY, holds, sync_directory, write_atomically
-from kvkern.layout.index import chain_keys, decode_index, encode_index, matched_tokens, token_tensor
+from kvkern.layout.collect import collect
+from kvkern.layout.directory import Directory
+from kvkern.layout.files import DamagedFile, accessing, holds, make_folder, read_regular, sync_folder, write_atomically
+from kvkern.layout.header import payload_bytes
+from kvkern.layout.index import chain_keys, common_tokens, token_tensor
+from kvkern.layout.leases import Leases
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.pool import Document
-from kvkern.layout.records import Defect, Published, Report, Summary
-from kvkern.layout.shard import encode_shard, map_shard, payload_bytes, read_tokens
+from kvkern.layout.records import Collected, Defect, Explanation, Published, Report, Summary
+from kvkern.layout.search import Search
+from kvkern.layout.shard import encode_shard, map_shard
 from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, pack, require_finite_kv
-from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
     from kvkern.layout.shard import Shard
     from kvkern.spec import KVSpec
 
-FORMAT = "kvkern-store-v1"
+GRACE_S = 3600.0
+"""How long gc leaves alone what has just been written, removed or set aside, in seconds."""
+
 Progress = Callable[[int, int], None]
-_FOLDERS = ("blocks", "manifests", "index")
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
@@ -44,6 +47,7 @@ class BlockStore:
 
     Raises:
         LayoutError: `root` holds other files, or a store of another format.
+        AccessError: the file system refused, here and in every method; nothing is lost, call again.
 
     Example:
         >>> import tempfile, torch
@@ -59,24 +63,11 @@ class BlockStore:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        """Open the store, creating what is missing."""
-        self.root = Path(root)
-        self.root.mkdir(parents=True, exist_ok=True)
-        marker = self.root / "format"
-        if not marker.exists():
-            names = {p.name for p in self.root.iterdir() if not p.name.startswith(TEMPORARY)}
-            if names - {"format", *_FOLDERS}:
-                raise LayoutError(f"{self.root}: not a kvkern store; give a new or an empty directory")
-            write_atomically(marker, FORMAT.encode())
-        found = marker.read_text(errors="replace").strip()
-        if found != FORMAT:
-            raise LayoutError(
-                f"{marker}: format is {found[:64]!r}, this kvkern reads {FORMAT!r}. "
-                "Use the kvkern that wrote the store, or another directory."
-            )
-        for name in _FOLDERS:
-            (self.root / name).mkdir(exist_ok=True)
-        sync_directory(self.root)
+        """Open the store; make an empty one when there is nothing."""
+        self.directory = Directory(root)
+        self.root = self.directory.root
+        self._leases = Leases(self.directory)
+        self._search = Search(self.directory, self.manifest, self.get)
 
     def put(
         self,
@@ -98,36 +89,24 @@ class BlockStore:
 
         Raises:
             LayoutError: an argument does not have this form, does not fit `spec`, or is not finite.
-            OSError: the file system refused; nothing is visible then, and `put` may be repeated.
+            AccessError: the file system refused; nothing is visible then, and `put` may be repeated.
         """
         ids = token_tensor(token_ids)
         for name, tensor in (("k", k), ("v", v)):
             require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
         k_tiles, v_tiles = pack(k, v)
 
-        def publish_block(i: int) -> tuple[str, bool]:
+        def encoded(i: int) -> bytes:
             tiles = slice(BLOCK_TILES * i, BLOCK_TILES * (i + 1))
             tokens = ids[BLOCK_TOKENS * i : BLOCK_TOKENS * (i + 1)]
-            data = encode_shard(spec, BLOCK_TOKENS * i, tokens, k_tiles[tiles], v_tiles[tiles])
-            block_id = hashlib.sha256(data).hexdigest()
-            path = self.block_path(block_id)
-            if holds(path, data):
-                return block_id, False
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, data)
-            return block_id, True
+            return encode_shard(spec, BLOCK_TOKENS * i, tokens, k_tiles[tiles], v_tiles[tiles])
 
         counts = [min(BLOCK_TOKENS, ids.numel() - i) for i in range(0, ids.numel(), BLOCK_TOKENS)]
         sizes = [payload_bytes(spec, count) for count in counts]
-        done = _in_threads(publish_block, range(len(sizes)), sizes, progress)
+        done = _in_threads(lambda i: self._put_block(encoded(i)), range(len(sizes)), sizes, progress)
         manifest = Manifest(spec, ids.numel(), tuple(block_id for block_id, _ in done))
-        # Reused blocks too: another process may have renamed them and not yet made that durable.
-        for folder in {self.block_path(block_id).parent for block_id in manifest.blocks}:
-            sync_directory(folder)
-        sync_directory(self.root / "blocks")
-        write_atomically(self.manifest_path(manifest.digest), manifest.to_bytes())
-        sync_directory(self.root / "manifests")
-        self._write_index(manifest, chain_keys(spec.digest, ids))
+        self._commit(manifest, encoded)
+        self._search.write(manifest, chain_keys(spec.digest, ids))
         new = sum(is_new for _, is_new in done)
         return Published(manifest.digest, ids.numel(), new, len(done) - new, sum(sizes))
 
@@ -144,6 +123,9 @@ class BlockStore:
             LayoutError: unknown or ambiguous digest, or a file of another form.
             SpecMismatchError: a block belongs to another spec than the manifest.
         """
+        digest = self.resolve(digest)
+        holder = _Holder()
+        self._leases.hold(holder, digest)  # before anything is read: gc sees either the lease or the document
         manifest = self.manifest(digest)
         shards = _in_threads(
             lambda i: self._shard(manifest, i, verify),
@@ -151,19 +133,25 @@ class BlockStore:
             [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))],
             progress,
         )
-        return Document(manifest, tuple(shards))
+        return Document(manifest, tuple(shards), holder)
 
     def manifest(self, digest: str) -> Manifest:
         """Read one manifest by its digest or a unique beginning of it.
 
         Raises:
-            IntegrityError: the file's bytes are damaged.
+            IntegrityError: the file's bytes are damaged; it has been moved to quarantine.
             LayoutError: unknown or ambiguous digest, or a file of another form.
         """
         full = self.resolve(digest)
         path = self.manifest_path(full)
-        with path.open("rb") as file:
-            return Manifest.from_bytes(file.read(MAX_MANIFEST_BYTES + 1), full)
+        try:
+            data, identity = read_regular(path, "a manifest", MAX_MANIFEST_BYTES)
+        except FileNotFoundError:
+            raise LayoutError(f"{path}: file: the document has just been removed") from None
+        if hashlib.sha256(data).hexdigest() != full:
+            text = f"{path}: SHA-256: the bytes have {hashlib.sha256(data).hexdigest()}, the name promises another"
+            raise self._quarantined(DamagedFile(text, path, identity))
+        return Manifest.from_bytes(data, full)
 
     def resolve(self, prefix: str) -> str:
         """Complete the beginning of a digest.
@@ -174,19 +162,7 @@ class BlockStore:
         Raises:
             LayoutError: too short, unknown, or the beginning of several documents' names.
         """
-        if not isinstance(prefix, str) or not re.fullmatch(r"[0-9a-f]{8,64}", prefix):
-            raise LayoutError(f"digest: got {prefix!r}, allowed are 8 to 64 lower-case hex digits")
-        if len(prefix) == 64 and self.manifest_path(prefix).is_file():
-            return prefix
-        known = self._digests()
-        found = [digest for digest in known if digest.startswith(prefix)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise LayoutError(f"digest {prefix} is ambiguous: {', '.join(found[:4])}. Give more digits.")
-        near = sorted(known, key=lambda d: -len(os.path.commonprefix([d, prefix])))[:4]
-        listing = f"nearby are {', '.join(near)}" if near else "the store is empty"
-        raise LayoutError(f"digest {prefix} is not in {self.root}: {listing}")
+        return self.directory.resolve(prefix)
 
     def find(self, spec_digest: str, token_ids: Tensor | Sequence[int]) -> list[tuple[str, int]]:
         """Find documents that begin like the given tokens.
@@ -203,31 +179,60 @@ class BlockStore:
         Raises:
             LayoutError: `token_ids` does not have this form.
         """
-        query = token_tensor(token_ids)
-        query_keys = chain_keys(spec_digest, query)
-        found = []
-        for digest in self._digests():
+        return self._search.find(spec_digest, token_ids)
+
+    def match(self, spec_digest: str, token_ids: Tensor | Sequence[int]) -> tuple[Document, int] | None:
+        """Open the document that shares the most leading tokens, counted over its verified blocks.
+
+        Args:
+            spec_digest: `KVSpec.digest`.
+            token_ids: `[n]` or `[1, n]` integers in [0, 2^31).
+
+        Returns:
+            The document and how many leading tokens it shares, or None. Damaged candidates are passed over with a
+            warning.
+
+        Raises:
+            LayoutError: `token_ids` does not have this form.
+        """
+        query, best = token_tensor(token_ids), None
+        for digest, promised in self.find(spec_digest, query):
+            if best is not None and promised <= best[1]:
+                break
             try:
-                manifest = self.manifest(digest)
-                if manifest.spec.digest != spec_digest:
-                    continue
-                keys = self._keys(manifest)
-                stored = partial(self._tokens, manifest)
-                shared = matched_tokens(query, query_keys, keys, stored)
-            except (KvkernError, OSError) as error:
-                warnings.warn(f"document {digest} is left out of the search: {error}", stacklevel=2)
+                document = self.get(digest)
+            except KvkernError as error:
+                warnings.warn(f"document {digest} is passed over: {error}", stacklevel=2)
                 continue
-            if shared:
-                found.append((digest, shared))
-        return sorted(found, key=lambda item: (-item[1], item[0]))
+            shared = common_tokens(query, document.token_ids())
+            if best is None or shared > best[1]:
+                best = document, shared
+        return best if best and best[1] else None
+
+    def why(self, token_ids: Tensor | Sequence[int], spec: KVSpec | None = None) -> list[Explanation]:
+        """Explain for every document how far it serves some tokens, and what differs.
+
+        Args:
+            token_ids: `[n]` or `[1, n]` integers in [0, 2^31).
+            spec: what the reader has; None compares tokens alone.
+
+        Returns:
+            Usable documents first, most tokens first. A hint from unverified files, as `find`.
+
+        Raises:
+            LayoutError: `token_ids` does not have this form.
+        """
+        return self._search.why(token_ids, spec)
 
     def ls(self) -> list[Summary]:
         """List the documents by digest; a damaged manifest is left out with a warning."""
         lines = []
-        for digest in self._digests():
+        for digest, path in self.directory.lost().items():
+            warnings.warn(f"{path}: the manifest of document {digest} is damaged; publish it again", stacklevel=2)
+        for digest in self.directory.digests():
             try:
                 m = self.manifest(digest)
-            except (KvkernError, OSError) as error:
+            except KvkernError as error:
                 warnings.warn(f"left out of the list: {error}", stacklevel=2)
                 continue
             lines.append(Summary(digest, m.num_tokens, len(m.blocks), m.payload_bytes, m.spec))
@@ -236,6 +241,8 @@ class BlockStore:
     def verify(self, digest: str | None = None, progress: Progress | None = None) -> Report:
         """Read every byte of one document, or of all, through SHA-256 and collect all defects.
 
+        Files whose bytes are proven wrong move to quarantine.
+
         Args:
             digest: the document, or None for all.
             progress: called with `(done, total)` payload bytes.
@@ -243,12 +250,14 @@ class BlockStore:
         Raises:
             LayoutError: unknown or ambiguous digest.
         """
-        defects: list[Defect] = []
+        lost = self.directory.lost() if digest is None else {}
+        advice = "manifest: damaged; publish the document again, or delete this file to give it up"
+        defects = [Defect(name, path, f"{path}: {advice}") for name, path in lost.items()]
         manifests: list[Manifest] = []
-        for name in self._digests() if digest is None else [self.resolve(digest)]:
+        for name in self.directory.digests() if digest is None else [self.resolve(digest)]:
             try:
                 manifests.append(self.manifest(name))
-            except (KvkernError, OSError) as error:
+            except KvkernError as error:
                 defects.append(Defect(name, self.manifest_path(name), str(error)))
         jobs = [(manifest, i) for manifest in manifests for i in range(len(manifest.blocks))]
 
@@ -256,7 +265,7 @@ class BlockStore:
             manifest, i = job
             try:
                 self._shard(manifest, i, "sha256")
-            except (KvkernError, OSError) as error:
+            except KvkernError as error:
                 return Defect(manifest.digest, self.block_path(manifest.blocks[i]), str(error))
             return None
 
@@ -264,52 +273,102 @@ class BlockStore:
         defects += [defect for defect in _in_threads(check, jobs, sizes, progress) if defect]
         return Report(len(manifests), len(jobs), sum(sizes), tuple(defects))
 
+    def remove(self, digest: str) -> str:
+        """Take a document out of the store's list; gc takes its blocks when nobody holds or needs them.
+
+        Readers that have it open read on.
+
+        Args:
+            digest: its name, or a unique beginning of 8 hex digits or more.
+
+        Returns:
+            The full digest.
+
+        Raises:
+            LayoutError: unknown or ambiguous digest.
+        """
+        full = self.resolve(digest)
+        path, target = self.manifest_path(full), self.root / "removed" / f"{full}.json"
+        with self.directory.lock(exclusive=False), accessing(path, "remove"):
+            make_folder(target.parent)
+            os.utime(path)  # gc counts the grace period from here
+            os.replace(path, target)
+        sync_folder(target.parent)
+        sync_folder(path.parent)
+        return full
+
+    def gc(self, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
+        """Take back the space of blocks that no document needs, in two runs that are a grace period apart.
+
+        Args:
+            grace_s: seconds that a file must have been left alone before it is set aside, and again before it is
+                deleted.
+            dry_run: say what would be done, and do nothing.
+
+        Raises:
+            KvkernError: what the documents need cannot be told; then nothing has been done.
+        """
+        if grace_s < 0:
+            raise LayoutError(f"grace_s must be at least 0 seconds, got {grace_s}")
+        return collect(self.directory, grace_s=grace_s, dry_run=dry_run)
+
     def block_path(self, block_id: str) -> Path:
         """Path of a block's shard."""
-        return self.root / "blocks" / block_id[:2] / f"{block_id}.safetensors"
+        return self.directory.block_path(block_id)
 
     def manifest_path(self, digest: str) -> Path:
         """Path of a manifest."""
-        return self.root / "manifests" / f"{digest}.json"
+        return self.directory.manifest_path(digest)
 
-    def _digests(self) -> list[str]:
-        names = (p.name.removesuffix(".json") for p in (self.root / "manifests").glob("*.json"))
-        return sorted(filter(is_digest, names))
+    def _put_block(self, data: bytes) -> tuple[str, bool]:
+        """Make the store hold a block; a file in its place with other bytes goes to quarantine first."""
+        block_id = hashlib.sha256(data).hexdigest()
+        path = self.block_path(block_id)
+        try:
+            is_there, identity = holds(path, "a block", data)
+            if is_there:
+                return block_id, False
+            self.directory.quarantine(DamagedFile("", path, identity))
+        except FileNotFoundError:
+            pass
+        with accessing(path, "write"):
+            make_folder(self.root / "blocks")
+        write_atomically(path, data)
+        return block_id, True
+
+    def _commit(self, manifest: Manifest, encoded: Callable[[int], bytes]) -> None:
+        """Make the document visible, in one step, when every block is there and durable."""
+        with self.directory.lock(exclusive=False):  # from here on gc neither looks nor moves
+            for i, block_id in enumerate(manifest.blocks):
+                if not os.path.lexists(self.block_path(block_id)):  # gc met it before the manifest named it
+                    write_atomically(self.block_path(block_id), encoded(i))
+            # Reused blocks too: another process may have renamed them and not yet made that durable.
+            for folder in {self.block_path(block_id).parent for block_id in manifest.blocks}:
+                sync_folder(folder)
+            path = self.manifest_path(manifest.digest)
+            write_atomically(path, manifest.to_bytes())
+            sync_folder(path.parent)
 
     def _shard(self, manifest: Manifest, i: int, verify: str) -> Shard:
         block_id = manifest.blocks[i]
-        shard = map_shard(self.block_path(block_id), block_id, manifest.spec, verify=verify)
+        try:
+            shard = map_shard(self.block_path(block_id), block_id, manifest.spec, verify=verify)
+        except DamagedFile as damaged:
+            raise self._quarantined(damaged) from None
         if (shard.first, shard.count) != (BLOCK_TOKENS * i, manifest.count(i)):
             raise IntegrityError(
-                f"{shard.path}: block {i} of document {manifest.digest} must have first "
-                f"{BLOCK_TOKENS * i} and count {manifest.count(i)}, but has {shard.first} and "
-                f"{shard.count}. The manifest is wrong: publish the document again."
+                f"{self.manifest_path(manifest.digest)}: blocks[{i}]: {block_id} must have first {BLOCK_TOKENS * i} "
+                f"and count {manifest.count(i)}, but has {shard.first} and {shard.count}. The manifest is wrong: "
+                "publish the document again."
             )
         return shard
 
-    def _tokens(self, manifest: Manifest, i: int) -> Tensor:
-        return read_tokens(self.block_path(manifest.blocks[i]), manifest.spec)
+    def _quarantined(self, damaged: DamagedFile) -> IntegrityError:
+        return IntegrityError(f"{damaged}. {self.directory.quarantine(damaged)}")
 
-    def _keys(self, manifest: Manifest) -> tuple[str, ...]:
-        path = self._index_path(manifest)
-        try:
-            return decode_index(path.read_bytes(), manifest.digest, len(manifest.blocks))
-        except (LayoutError, OSError) as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-            warnings.warn(f"{path} {why}; rebuilding it from the manifest and its blocks", stacklevel=3)
-        keys = chain_keys(manifest.spec.digest, self.get(manifest.digest).token_ids())
-        self._write_index(manifest, keys)
-        return keys
 
-    def _index_path(self, manifest: Manifest) -> Path:
-        return self.root / "index" / f"{manifest.digest}.json"
-
-    def _write_index(self, manifest: Manifest, keys: Sequence[str]) -> None:
-        path = self._index_path(manifest)
-        try:
-            write_atomically(path, encode_index(manifest.digest, keys))
-        except OSError as error:  # the document itself is published and safe
-            warnings.warn(f"{path} could not be written ({error}); searches rebuild it", stacklevel=3)
+class _Holder:
+    """What a lease lives as long as."""
 
 
 def _in_threads(

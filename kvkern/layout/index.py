@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvkern.errors import LayoutError
-from kvkern.layout.shard import MAX_TOKENS
+from kvkern.layout.header import MAX_TOKENS
 from kvkern.layout.tiles import BLOCK_TOKENS
 from kvkern.spec import canonical_json, is_digest, parse_json, tagged_sha256
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = "kvkern-index-v1"
+MAX_INDEX_BYTES = 1 << 24
 _KEYS = {"check", "format", "keys", "manifest"}
 
 
@@ -91,11 +92,14 @@ def matched_tokens(
     start = same * BLOCK_TOKENS
     if same == common:
         return min(start, query.numel())
-    mine = query[start : start + BLOCK_TOKENS]
-    theirs = stored_tokens(same)
-    length = min(mine.numel(), theirs.numel())
-    differs = (mine[:length] != theirs[:length]).nonzero()
-    return start + (int(differs[0]) if differs.numel() else length)
+    return start + common_tokens(query[start : start + BLOCK_TOKENS], stored_tokens(same))
+
+
+def common_tokens(query: Tensor, stored: Tensor) -> int:
+    """Count the leading tokens that two sequences share."""
+    length = min(query.numel(), stored.numel())
+    differs = (query[:length] != stored[:length]).nonzero()
+    return int(differs[0]) if differs.numel() else length
 
 
 def encode_index(manifest_digest: str, keys: Sequence[str]) -> bytes:

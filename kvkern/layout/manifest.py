@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvkern.errors import IntegrityError, LayoutError
-from kvkern.layout.shard import MAX_TOKENS, payload_bytes
+from kvkern.layout.header import MAX_TOKENS, payload_bytes
 from kvkern.layout.tiles import BLOCK_TOKENS, blocks_for
 from kvkern.spec import KVSpec, canonical_json, is_digest, parse_json
 

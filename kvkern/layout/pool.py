@@ -44,10 +44,12 @@ class Document:
     Attributes:
         manifest: the document.
         shards: one per block, in order.
+        lease: keeps the document's lease for as long as it lives.
     """
 
     manifest: Manifest
     shards: tuple[Shard, ...]
+    lease: object = None
 
     def token_ids(self) -> Tensor:
         """Return the document's tokens, `[num_tokens]` int64, as the verified shards hold them."""

@@ -35,12 +35,13 @@ class SmallStore:
         """Return the shard files."""
         return sorted((self.root / "blocks").rglob("*.safetensors"))
 
-    def damage(self) -> None:
-        """Flip one bit of the payload of one block."""
+    def damage(self) -> Path:
+        """Flip one bit of the payload of one block; returns its path."""
         path = self.blocks[0]
         data = bytearray(path.read_bytes())
         data[-1000] ^= 1
         path.write_bytes(data)
+        return path
 
 
 @pytest.fixture

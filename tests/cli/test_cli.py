@@ -77,12 +77,13 @@ def test_verify_finds_nothing__an_intact_store(kv, small_store):
 
 
 def test_verify_exits_2_and_names_the_file__one_flipped_bit(kv, small_store):
-    small_store.damage()
+    path = small_store.damage()
     result = kv("verify", small_store.digest[:8], "--store", small_store.root, "--format", "json")
     assert result.exit_code == 2
     report = json.loads(result.stdout)
     assert not report["ok"]
-    assert [defect["path"] for defect in report["defects"]] == [str(small_store.blocks[0])]
+    assert [defect["path"] for defect in report["defects"]] == [str(path)]
+    assert len(list((small_store.root / "quarantine").iterdir())) == 1 and not path.exists()
 
 
 def test_inspect_exits_2__a_damaged_manifest(kv, small_store):

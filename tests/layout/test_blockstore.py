@@ -281,8 +281,8 @@ def test_store__files_are_where_the_format_says(store: BlockStore, make: Make) -
     files = sorted(str(p.relative_to(store.root)) for p in store.root.rglob("*") if p.is_file())
     ids = json.loads((store.root / "manifests" / f"{done.digest}.json").read_bytes())["blocks"]
     blocks = [f"blocks/{i[:2]}/{i}.safetensors" for i in ids]
-    rest = ["format", f"index/{done.digest}.json", f"manifests/{done.digest}.json"]
+    rest = ["format", f"index/{done.digest}.json", "lock", f"manifests/{done.digest}.json"]
     assert files == sorted(blocks + rest)
     for block_id, name in zip(ids, blocks, strict=True):
         assert hashlib.sha256((store.root / name).read_bytes()).hexdigest() == block_id
-    assert str(store.root) not in (store.root / rest[2]).read_text()
+    assert str(store.root) not in (store.root / rest[3]).read_text()

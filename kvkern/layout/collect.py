@@ -1,0 +1,179 @@
+"""Collect: gc of a store, by marking from manifests; nothing is deleted that was not set aside by an earlier run."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvkern.errors import KvkernError, LayoutError
+from kvkern.layout.files import TEMPORARY, accessing, is_being_written, make_folder, read_regular
+from kvkern.layout.leases import live_leases
+from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
+from kvkern.layout.records import Collected
+from kvkern.spec import is_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from kvkern.layout.directory import Directory
+
+_SUFFIX = ".safetensors"
+
+
+def collect(directory: Directory, *, grace_s: float, dry_run: bool) -> Collected:
+    """Take back the space of blocks that no document needs, in two phases.
+
+    Phase one moves a block that nothing has needed for the grace period to `condemned/`; phase two, in a later run
+    after another grace period, deletes it, or moves it back if a document needs it again. A document needs its
+    blocks while it is published, and after its removal while a reader holds a lease on it or the grace period lasts.
+    Every step is one rename or one unlink, so a run may be killed anywhere.
+
+    Args:
+        directory: the store.
+        grace_s: seconds that a file must have been left alone.
+        dry_run: say what would be done, and do nothing.
+
+    Raises:
+        KvkernError: what the documents need cannot be told; then nothing has been done.
+    """
+    with directory.lock(exclusive=True) as is_locked:
+        if not is_locked:
+            raise LayoutError(
+                f"{directory.root}: lock: this file system knows no locks, so publishers cannot be kept out. Run gc "
+                "on a machine where the store is a local file system."
+            )
+        plan = _Plan(directory, grace_s)
+        plan.mark()
+        plan.condemned()
+        plan.blocks()
+        plan.leftovers()
+        if not dry_run:
+            plan.carry_out()
+    return plan.result(dry_run)
+
+
+@dataclass
+class _Plan:
+    """What one run is going to do; all decisions are taken before the first change."""
+
+    directory: Directory
+    grace_s: float
+    now: float = field(default_factory=time.time)
+    needed: set[str] = field(default_factory=set)
+    documents: int = 0
+    held: int = 0
+    restore: list[Path] = field(default_factory=list)
+    condemn: list[Path] = field(default_factory=list)
+    delete_blocks: list[Path] = field(default_factory=list)
+    delete_others: list[Path] = field(default_factory=list)
+    freed_bytes: int = 0
+
+    def mark(self) -> None:
+        """Find out which blocks the documents need, or refuse to guess."""
+        published = self.directory.digests()
+        for path in self.directory.lost().values():
+            raise LayoutError(
+                f"{path}: manifest: it is damaged, so which blocks its document needs is unknown, and nothing is "
+                "collected. Publish the document again, or delete this file to give the document up."
+            )
+        for digest in published:
+            self.needed.update(self._manifest(self.directory.manifest_path(digest), digest).blocks)
+        self.documents = len(published)
+        leases = live_leases(self.directory, self.delete_others)
+        for path in self._paths("removed"):
+            digest = path.name.removesuffix(".json")
+            if not is_digest(digest):
+                continue
+            is_held = leases is None or leases[digest] > 0
+            self.held += is_held
+            if is_held or not self._is_old(path):
+                self.needed.update(self._manifest(path, digest).blocks)
+            else:
+                self.delete_others.append(path)
+        for path in self._paths("index"):
+            if is_digest(path.name.removesuffix(".json")) and path.name.removesuffix(".json") not in published:
+                self.delete_others.append(path)
+
+    def condemned(self) -> None:
+        """Second phase: what an earlier run has set aside goes, or goes back."""
+        for path in self._paths("condemned"):
+            block_id = path.name.removesuffix(_SUFFIX)
+            is_back = os.path.lexists(self.directory.block_path(block_id))  # published again meanwhile
+            if block_id in self.needed and not is_back:
+                self.restore.append(path)
+            elif self._is_old(path):
+                self.delete_blocks.append(path)
+                self.freed_bytes += os.lstat(path).st_size
+
+    def blocks(self) -> None:
+        """First phase: blocks that nothing needs."""
+        for folder in self.directory.names("blocks"):
+            for path in self._paths(f"blocks/{folder}"):
+                block_id = path.name.removesuffix(_SUFFIX)
+                if is_digest(block_id) and block_id not in self.needed and self._is_old(path):
+                    self.condemn.append(path)
+
+    def leftovers(self) -> None:
+        """Find temporary files of publishers that were killed."""
+        folders = [".", "manifests", "index", *(f"blocks/{name}" for name in self.directory.names("blocks"))]
+        for folder in folders:
+            for path in self._paths(folder):
+                if path.name.startswith(TEMPORARY) and self._is_old(path) and not is_being_written(path):
+                    self.delete_others.append(path)
+
+    def carry_out(self) -> None:
+        """Change the store; folders are not synced, because a change that is lost is made again by the next run."""
+        for path in self.restore:
+            _move(path, self.directory.block_path(path.name.removesuffix(_SUFFIX)))
+        for path in [*self.delete_others, *self.delete_blocks]:
+            with accessing(path, "delete"):
+                path.unlink(missing_ok=True)
+        for path in self.condemn:
+            with accessing(path, "touch"):
+                os.utime(path)  # the second grace period begins
+            _move(path, self.directory.root / "condemned" / path.name)
+
+    def result(self, dry_run: bool) -> Collected:
+        """Say what was done."""
+        return Collected(
+            dry_run=dry_run,
+            documents=self.documents,
+            removed_but_held=self.held,
+            blocks_needed=len(self.needed),
+            blocks_condemned=len(self.condemn),
+            blocks_restored=len(self.restore),
+            blocks_deleted=len(self.delete_blocks),
+            others_deleted=len(self.delete_others),
+            bytes_freed=self.freed_bytes,
+        )
+
+    def _manifest(self, path: Path, digest: str) -> Manifest:
+        try:
+            return Manifest.from_bytes(read_regular(path, "a manifest", MAX_MANIFEST_BYTES)[0], digest)
+        except FileNotFoundError:
+            raise LayoutError(f"{path}: file: it has just gone; run gc again") from None
+        except KvkernError as error:
+            if str(path) in str(error):
+                raise
+            error.args = (f"{path}: {error} Nothing is collected while a manifest cannot be read.",)
+            raise
+
+    def _paths(self, folder: str) -> Iterator[Path]:
+        names = self.directory.names(folder)
+        return (self.directory.root / folder / name for name in names)
+
+    def _is_old(self, path: Path) -> bool:
+        try:
+            info = os.lstat(path)
+        except FileNotFoundError:
+            return False
+        return self.now - max(info.st_mtime, info.st_ctime) >= self.grace_s
+
+
+def _move(source: Path, target: Path) -> None:
+    with accessing(source, f"move to {target.parent.name}"):
+        make_folder(target.parent)
+        os.rename(source, target)

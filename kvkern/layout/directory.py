@@ -1,0 +1,166 @@
+"""Directory: where the files of a store lie, which are there, its lock, and its quarantine."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvkern.errors import AccessError, LayoutError
+from kvkern.layout.files import TEMPORARY, accessing, locked, make_folder, read_regular, write_atomically
+from kvkern.spec import is_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvkern.layout.files import DamagedFile
+
+FORMAT = "kvkern-store-v1"
+FOLDERS = ("blocks", "manifests", "index", "removed", "condemned", "quarantine", "leases")
+_MARKER_LIMIT_BYTES = 4096
+
+
+class Directory:
+    """The files of a store.
+
+    Args:
+        root: the directory, created when missing.
+
+    Raises:
+        LayoutError: `root` holds other files, or a store of another format.
+        AccessError: the file system refused.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Open the store, or make an empty one; a store that is there is not written to."""
+        self.root = Path(root)
+        with accessing(self.root, "create"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        self._check_marker()
+
+    def block_path(self, block_id: str) -> Path:
+        """Path of a block's shard."""
+        return self.root / "blocks" / block_id[:2] / f"{block_id}.safetensors"
+
+    def manifest_path(self, digest: str) -> Path:
+        """Path of a manifest."""
+        return self.root / "manifests" / f"{digest}.json"
+
+    def index_path(self, digest: str) -> Path:
+        """Path of a manifest's index file."""
+        return self.root / "index" / f"{digest}.json"
+
+    def digests(self) -> list[str]:
+        """Names of the published documents, sorted."""
+        names = (name.removesuffix(".json") for name in self.names("manifests") if name.endswith(".json"))
+        return sorted(filter(is_digest, names))
+
+    def names(self, folder: str) -> list[str]:
+        """List a folder of the store, an absent one as empty."""
+        path = self.root / folder
+        with accessing(path, "list"):
+            try:
+                return sorted(os.listdir(path))
+            except FileNotFoundError:
+                return []
+
+    def resolve(self, prefix: str) -> str:
+        """Complete the beginning of a digest.
+
+        Args:
+            prefix: 8 to 64 lower-case hex digits.
+
+        Raises:
+            LayoutError: too short, unknown, or the beginning of several documents' names.
+        """
+        if not isinstance(prefix, str) or not re.fullmatch(r"[0-9a-f]{8,64}", prefix):
+            raise LayoutError(f"digest: got {prefix!r}, allowed are 8 to 64 lower-case hex digits")
+        if len(prefix) == 64 and os.path.lexists(self.manifest_path(prefix)):
+            return prefix
+        known = self.digests()
+        found = [digest for digest in known if digest.startswith(prefix)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise LayoutError(f"digest {prefix} is ambiguous: {', '.join(found[:4])}. Give more digits.")
+        lost = [path for digest, path in self.lost().items() if digest.startswith(prefix)]
+        if lost:
+            raise LayoutError(f"{lost[0]}: manifest: the one of digest {prefix} is damaged; publish the document again")
+        near = sorted(known, key=lambda d: -len(os.path.commonprefix([d, prefix])))[:4]
+        listing = f"nearby are {', '.join(near)}" if near else "the store is empty"
+        raise LayoutError(f"digest {prefix} is not in {self.root}: {listing}")
+
+    @contextmanager
+    def lock(self, *, exclusive: bool) -> Iterator[bool]:
+        """Hold the store's lock: a publisher's last step shares it, gc and quarantine hold it alone.
+
+        Yields:
+            False where the file system knows no locks.
+        """
+        with locked(self.root / "lock", exclusive=exclusive) as held:
+            yield held
+
+    def quarantine(self, damaged: DamagedFile) -> str:
+        """Take a file that is proven wrong out of readers' way, without deleting it.
+
+        Nothing happens when another file has taken its place meanwhile.
+
+        Returns:
+            What was done, in words that end an error message.
+        """
+        name = f"{damaged.path.name}.{secrets.token_hex(4)}"
+        target = self.root / "quarantine" / name
+        try:
+            with self.lock(exclusive=True), accessing(damaged.path, "move to quarantine"):
+                if _identity(damaged.path) != damaged.identity:
+                    return "The file has been replaced meanwhile: try again."
+                make_folder(target.parent)
+                os.rename(damaged.path, target)
+                if _identity(target) != damaged.identity:  # replaced between the two calls: a good file goes back
+                    os.rename(target, damaged.path)
+                    return "The file has been replaced meanwhile: try again."
+        except AccessError as error:
+            return f"It could not be moved to quarantine ({error.strerror}) and stays refused."
+        return f"It was moved to quarantine/{name}. Publish its document again, or copy the file from another store."
+
+    def lost(self) -> dict[str, Path]:
+        """Documents whose manifest is in quarantine and that nobody has published again, with that file."""
+        files = {name[:64]: self.root / "quarantine" / name for name in self.names("quarantine") if ".json." in name}
+        published = set(self.digests()) if files else set()
+        return {digest: path for digest, path in files.items() if is_digest(digest) and digest not in published}
+
+    def _check_marker(self) -> None:
+        marker = self.root / "format"
+        try:
+            data, _ = read_regular(marker, "the store's format marker", _MARKER_LIMIT_BYTES)
+        except FileNotFoundError:
+            strange = {n for n in self.names(".") if not n.startswith(TEMPORARY)} - {"format", "lock", *FOLDERS}
+            if strange:
+                raise LayoutError(f"{self.root}: not a kvkern store; give a new or an empty directory") from None
+            write_atomically(marker, FORMAT.encode())
+            return
+        found = data.decode(errors="replace").strip()
+        if found == FORMAT:
+            return
+        if re.fullmatch(r"kvkern-store-v\d+", found) or not set(self.names(".")) & {"manifests", "blocks"}:
+            raise LayoutError(
+                f"{marker}: format is {found[:64]!r}, this kvkern reads {FORMAT!r}. "
+                "Use the kvkern that wrote the store, or another directory."
+            )
+        warnings.warn(f"{marker}: damaged ({found[:64]!r}), rebuilt as {FORMAT!r}", stacklevel=4)
+        try:
+            write_atomically(marker, FORMAT.encode())
+        except AccessError as error:
+            warnings.warn(f"{marker}: could not be rebuilt ({error.strerror}); ignored", stacklevel=4)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino

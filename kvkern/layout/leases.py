@@ -1,0 +1,148 @@
+"""Leases: a reader says which documents it holds, in a file that only a living process keeps locked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import threading
+import warnings
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from kvkern.errors import AccessError, LayoutError
+from kvkern.layout.files import accessing, make_folder, read_regular
+from kvkern.spec import is_digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvkern.layout.directory import Directory
+
+_LIMIT_BYTES = 1 << 26
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Leases:
+    """What one process holds in one store: lines `+digest` and `-digest`, appended.
+
+    The file is made at the first lease and goes when this object goes. A process that dies leaves its file unlocked,
+    which is how gc tells it from a living one: nothing expires, nothing beats.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        """Hold nothing yet."""
+        self._directory = directory
+        self._mutex = threading.RLock()  # a finalizer may run while its own thread is in here
+        self._start_anew()
+
+    def hold(self, owner: object, digest: str) -> None:
+        """Hold a document for as long as `owner` lives; without a writable store, go on without.
+
+        A mapped block outlives even its deletion, so a reader without a lease reads on; what it misses is that a
+        document which others remove may be gone when it opens it again.
+        """
+        try:
+            with self._mutex:
+                if self._pid != os.getpid():  # forked: the inherited file is the parent's
+                    self._start_anew()
+                if self._held[digest] == 0:
+                    self._append(f"+{digest}\n")
+                self._held[digest] += 1
+        except AccessError as error:
+            if error.errno not in _READ_ONLY:
+                warnings.warn(f"no lease on {digest}: {error}", stacklevel=3)
+            return
+        weakref.finalize(owner, self._release, digest).atexit = False
+
+    def _release(self, digest: str) -> None:
+        with self._mutex, contextlib.suppress(AccessError):
+            if self._pid != os.getpid() or self._held[digest] == 0:
+                return
+            self._held[digest] -= 1
+            if not +self._held:
+                with accessing(self._directory.root / "leases", "truncate"):
+                    os.ftruncate(self._fd, 0)
+            elif self._held[digest] == 0:
+                self._append(f"-{digest}\n")
+
+    def _start_anew(self) -> None:
+        self._pid, self._fd, self._held = os.getpid(), -1, Counter[str]()
+
+    def _append(self, line: str) -> None:
+        if self._fd < 0:
+            self._fd = self._open()
+        with accessing(self._directory.root / "leases", "write"):
+            os.write(self._fd, line.encode())
+
+    def _open(self) -> int:
+        folder = self._directory.root / "leases"
+        path = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
+        with self._directory.lock(exclusive=False), accessing(path, "create"):  # gc must not meet it unlocked
+            make_folder(folder)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            with contextlib.suppress(OSError):  # without locks gc refuses to run
+                fcntl.flock(fd, fcntl.LOCK_EX)
+        weakref.finalize(self, _drop, fd, path, self._pid)
+        return fd
+
+
+def live_leases(directory: Directory, stale: list[Path]) -> Counter[str] | None:
+    """Count the leases of living processes; the caller holds the store's lock alone.
+
+    Args:
+        directory: the store.
+        stale: receives the files of processes that have ended.
+
+    Returns:
+        Digest to number of holders, or None when a living process's file cannot be read: then all is held.
+    """
+    total: Counter[str] = Counter()
+    for name in directory.names("leases"):
+        path = directory.root / "leases" / name
+        try:
+            if not _is_held(path):
+                stale.append(path)
+                continue
+            total += _held_in(path)
+        except (FileNotFoundError, LayoutError) as error:
+            if isinstance(error, FileNotFoundError):
+                continue
+            warnings.warn(f"{error}; until its process ends nothing that was removed is collected", stacklevel=3)
+            return None
+    return total
+
+
+def _is_held(path: Path) -> bool:
+    with accessing(path, "open"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _held_in(path: Path) -> Counter[str]:
+    data, _ = read_regular(path, "a lease", _LIMIT_BYTES)
+    held: Counter[str] = Counter()
+    for line in data.decode("ascii", "replace").split("\n")[:-1]:
+        if line[:1] not in ("+", "-") or not is_digest(line[1:]):
+            raise LayoutError(f"{path}: line {line[:80]!r}: a lease holds lines of + or - and a digest")
+        held[line[1:]] += 1 if line[0] == "+" else -1
+    return +held
+
+
+def _drop(fd: int, path: Path, pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+        if os.getpid() == pid:  # a forked child must not take its parent's lease away
+            os.unlink(path)
