@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from kvkern.errors import IntegrityError, KvkernError, LayoutError
+from kvkern.errors import KvkernError, LayoutError
 from kvkern.layout.collect import collect
 from kvkern.layout.directory import Directory
-from kvkern.layout.files import DamagedFile, accessing, holds, make_folder, read_regular, sync_folder, write_atomically
-from kvkern.layout.header import payload_bytes
+from kvkern.layout.files import accessing, make_folder, sync_folder
 from kvkern.layout.index import chain_keys, common_tokens, token_tensor
 from kvkern.layout.leases import Leases
-from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.pool import Document
+from kvkern.layout.publish import publish
+from kvkern.layout.reading import check_documents, map_blocks, read_manifest
 from kvkern.layout.records import Collected, Defect, Explanation, Published, Report, Summary
 from kvkern.layout.search import Search
-from kvkern.layout.shard import encode_shard, map_shard
-from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, pack, require_finite_kv
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
 
-    from kvkern.layout.shard import Shard
+    from kvkern.layout.manifest import Manifest
+    from kvkern.layout.parallel import Progress
     from kvkern.spec import KVSpec
 
 GRACE_S = 3600.0
 """How long gc leaves alone what has just been written, removed or set aside, in seconds."""
-
-Progress = Callable[[int, int], None]
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 class BlockStore:
@@ -67,7 +61,7 @@ class BlockStore:
         self.directory = Directory(root)
         self.root = self.directory.root
         self._leases = Leases(self.directory)
-        self._search = Search(self.directory, self.manifest, self.get)
+        self._search = Search(self.directory)
 
     def put(
         self,
@@ -92,23 +86,9 @@ class BlockStore:
             AccessError: the file system refused; nothing is visible then, and `put` may be repeated.
         """
         ids = token_tensor(token_ids)
-        for name, tensor in (("k", k), ("v", v)):
-            require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
-        k_tiles, v_tiles = pack(k, v)
-
-        def encoded(i: int) -> bytes:
-            tiles = slice(BLOCK_TILES * i, BLOCK_TILES * (i + 1))
-            tokens = ids[BLOCK_TOKENS * i : BLOCK_TOKENS * (i + 1)]
-            return encode_shard(spec, BLOCK_TOKENS * i, tokens, k_tiles[tiles], v_tiles[tiles])
-
-        counts = [min(BLOCK_TOKENS, ids.numel() - i) for i in range(0, ids.numel(), BLOCK_TOKENS)]
-        sizes = [payload_bytes(spec, count) for count in counts]
-        done = _in_threads(lambda i: self._put_block(encoded(i)), range(len(sizes)), sizes, progress)
-        manifest = Manifest(spec, ids.numel(), tuple(block_id for block_id, _ in done))
-        self._commit(manifest, encoded)
+        done, manifest = publish(self.directory, spec, ids, k, v, progress)
         self._search.write(manifest, chain_keys(spec.digest, ids))
-        new = sum(is_new for _, is_new in done)
-        return Published(manifest.digest, ids.numel(), new, len(done) - new, sum(sizes))
+        return done
 
     def get(self, digest: str, *, verify: str = "auto", progress: Progress | None = None) -> Document:
         """Map and verify a document's blocks.
@@ -126,14 +106,8 @@ class BlockStore:
         digest = self.resolve(digest)
         holder = _Holder()
         self._leases.hold(holder, digest)  # before anything is read: gc sees either the lease or the document
-        manifest = self.manifest(digest)
-        shards = _in_threads(
-            lambda i: self._shard(manifest, i, verify),
-            range(len(manifest.blocks)),
-            [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))],
-            progress,
-        )
-        return Document(manifest, tuple(shards), holder)
+        manifest = read_manifest(self.directory, digest)
+        return Document(manifest, tuple(map_blocks(self.directory, manifest, verify, progress)), holder)
 
     def manifest(self, digest: str) -> Manifest:
         """Read one manifest by its digest or a unique beginning of it.
@@ -142,16 +116,7 @@ class BlockStore:
             IntegrityError: the file's bytes are damaged; it has been moved to quarantine.
             LayoutError: unknown or ambiguous digest, or a file of another form.
         """
-        full = self.resolve(digest)
-        path = self.manifest_path(full)
-        try:
-            data, identity = read_regular(path, "a manifest", MAX_MANIFEST_BYTES)
-        except FileNotFoundError:
-            raise LayoutError(f"{path}: file: the document has just been removed") from None
-        if hashlib.sha256(data).hexdigest() != full:
-            text = f"{path}: SHA-256: the bytes have {hashlib.sha256(data).hexdigest()}, the name promises another"
-            raise self._quarantined(DamagedFile(text, path, identity))
-        return Manifest.from_bytes(data, full)
+        return read_manifest(self.directory, self.resolve(digest))
 
     def resolve(self, prefix: str) -> str:
         """Complete the beginning of a digest.
@@ -250,28 +215,12 @@ class BlockStore:
         Raises:
             LayoutError: unknown or ambiguous digest.
         """
-        lost = self.directory.lost() if digest is None else {}
+        if digest is not None:
+            return check_documents(self.directory, [self.resolve(digest)], progress)
         advice = "manifest: damaged; publish the document again, or delete this file to give it up"
-        defects = [Defect(name, path, f"{path}: {advice}") for name, path in lost.items()]
-        manifests: list[Manifest] = []
-        for name in self.directory.digests() if digest is None else [self.resolve(digest)]:
-            try:
-                manifests.append(self.manifest(name))
-            except KvkernError as error:
-                defects.append(Defect(name, self.manifest_path(name), str(error)))
-        jobs = [(manifest, i) for manifest in manifests for i in range(len(manifest.blocks))]
-
-        def check(job: tuple[Manifest, int]) -> Defect | None:
-            manifest, i = job
-            try:
-                self._shard(manifest, i, "sha256")
-            except KvkernError as error:
-                return Defect(manifest.digest, self.block_path(manifest.blocks[i]), str(error))
-            return None
-
-        sizes = [payload_bytes(manifest.spec, manifest.count(i)) for manifest, i in jobs]
-        defects += [defect for defect in _in_threads(check, jobs, sizes, progress) if defect]
-        return Report(len(manifests), len(jobs), sum(sizes), tuple(defects))
+        lost = [Defect(name, path, f"{path}: {advice}") for name, path in self.directory.lost().items()]
+        report = check_documents(self.directory, self.directory.digests(), progress)
+        return replace(report, defects=(*lost, *report.defects))
 
     def remove(self, digest: str) -> str:
         """Take a document out of the store's list; gc takes its blocks when nobody holds or needs them.
@@ -320,73 +269,6 @@ class BlockStore:
         """Path of a manifest."""
         return self.directory.manifest_path(digest)
 
-    def _put_block(self, data: bytes) -> tuple[str, bool]:
-        """Make the store hold a block; a file in its place with other bytes goes to quarantine first."""
-        block_id = hashlib.sha256(data).hexdigest()
-        path = self.block_path(block_id)
-        try:
-            is_there, identity = holds(path, "a block", data)
-            if is_there:
-                return block_id, False
-            self.directory.quarantine(DamagedFile("", path, identity))
-        except FileNotFoundError:
-            pass
-        with accessing(path, "write"):
-            make_folder(self.root / "blocks")
-        write_atomically(path, data)
-        return block_id, True
-
-    def _commit(self, manifest: Manifest, encoded: Callable[[int], bytes]) -> None:
-        """Make the document visible, in one step, when every block is there and durable."""
-        with self.directory.lock(exclusive=False):  # from here on gc neither looks nor moves
-            for i, block_id in enumerate(manifest.blocks):
-                if not os.path.lexists(self.block_path(block_id)):  # gc met it before the manifest named it
-                    write_atomically(self.block_path(block_id), encoded(i))
-            # Reused blocks too: another process may have renamed them and not yet made that durable.
-            for folder in {self.block_path(block_id).parent for block_id in manifest.blocks}:
-                sync_folder(folder)
-            path = self.manifest_path(manifest.digest)
-            write_atomically(path, manifest.to_bytes())
-            sync_folder(path.parent)
-
-    def _shard(self, manifest: Manifest, i: int, verify: str) -> Shard:
-        block_id = manifest.blocks[i]
-        try:
-            shard = map_shard(self.block_path(block_id), block_id, manifest.spec, verify=verify)
-        except DamagedFile as damaged:
-            raise self._quarantined(damaged) from None
-        if (shard.first, shard.count) != (BLOCK_TOKENS * i, manifest.count(i)):
-            raise IntegrityError(
-                f"{self.manifest_path(manifest.digest)}: blocks[{i}]: {block_id} must have first {BLOCK_TOKENS * i} "
-                f"and count {manifest.count(i)}, but has {shard.first} and {shard.count}. The manifest is wrong: "
-                "publish the document again."
-            )
-        return shard
-
-    def _quarantined(self, damaged: DamagedFile) -> IntegrityError:
-        return IntegrityError(f"{damaged}. {self.directory.quarantine(damaged)}")
-
 
 class _Holder:
     """What a lease lives as long as."""
-
-
-def _in_threads(
-    work: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    sizes: Sequence[int],
-    progress: Progress | None,
-) -> list[_Result]:
-    """Map `work` over items, reporting the bytes behind the items done; the first error ends it."""
-    results, done, total = [], 0, sum(sizes)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future, size in zip(futures, sizes, strict=True):
-                results.append(future.result())
-                done += size
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return results

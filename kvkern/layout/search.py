@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 from kvkern.errors import AccessError, KvkernError, LayoutError
 from kvkern.layout.files import read_regular, write_atomically
 from kvkern.layout.index import MAX_INDEX_BYTES, chain_keys, decode_index, encode_index, matched_tokens, token_tensor
+from kvkern.layout.pool import Document
+from kvkern.layout.reading import map_blocks, read_manifest
 from kvkern.layout.records import Explanation
 from kvkern.layout.shard import read_tokens
 from kvkern.layout.tiles import BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from kvkern.layout.directory import Directory
     from kvkern.layout.manifest import Manifest
-    from kvkern.layout.pool import Document
     from kvkern.spec import KVSpec
 
 
@@ -30,15 +31,11 @@ class Search:
 
     Args:
         directory: the store.
-        manifest: reads a manifest by its digest.
-        document: reads a verified document, from which a lost index file is rebuilt.
     """
 
-    def __init__(
-        self, directory: Directory, manifest: Callable[[str], Manifest], document: Callable[[str], Document]
-    ) -> None:
+    def __init__(self, directory: Directory) -> None:
         """Read nothing yet."""
-        self._directory, self._manifest, self._document = directory, manifest, document
+        self._directory = directory
         self._entries: dict[str, _Entry] = {}
 
     def find(self, spec_digest: str, token_ids: Tensor | Sequence[int]) -> list[tuple[str, int]]:
@@ -86,7 +83,7 @@ class Search:
 
     def _entry(self, digest: str) -> _Entry:
         if digest not in self._entries:
-            manifest = self._manifest(digest)
+            manifest = read_manifest(self._directory, digest)
             self._entries[digest] = _Entry(self._directory, manifest, self._keys(manifest))
         return self._entries[digest]
 
@@ -105,7 +102,8 @@ class Search:
         except (LayoutError, FileNotFoundError) as error:
             why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             warnings.warn(f"{path} {why}; rebuilding it from the manifest and its blocks", stacklevel=5)
-        keys = chain_keys(manifest.spec.digest, self._document(manifest.digest).token_ids())
+        document = Document(manifest, tuple(map_blocks(self._directory, manifest, "auto", None)))
+        keys = chain_keys(manifest.spec.digest, document.token_ids())
         self.write(manifest, keys)
         return keys
 

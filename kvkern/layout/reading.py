@@ -1,0 +1,86 @@
+"""Reading: manifests and blocks, each checked whole before anything of it is handed out; what is wrong is set aside."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from kvkern.errors import IntegrityError, KvkernError, LayoutError
+from kvkern.layout.files import DamagedFile, read_regular
+from kvkern.layout.header import payload_bytes
+from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
+from kvkern.layout.parallel import in_parallel
+from kvkern.layout.records import Defect, Report
+from kvkern.layout.shard import map_shard
+from kvkern.layout.tiles import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvkern.layout.directory import Directory
+    from kvkern.layout.parallel import Progress
+    from kvkern.layout.shard import Shard
+
+
+def read_manifest(directory: Directory, digest: str) -> Manifest:
+    """Read one manifest by its full digest; see `BlockStore.manifest`."""
+    path = directory.manifest_path(digest)
+    try:
+        data, identity = read_regular(path, "a manifest", MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise LayoutError(f"{path}: file: the document has just been removed") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
+        raise _quarantined(directory, DamagedFile(text, path, identity))
+    return Manifest.from_bytes(data, digest)
+
+
+def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:
+    """Map and verify all blocks of a document; see `BlockStore.get`."""
+    sizes = [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))]
+    return in_parallel(lambda i: map_block(directory, manifest, i, verify), range(len(sizes)), sizes, progress)
+
+
+def map_block(directory: Directory, manifest: Manifest, i: int, verify: str) -> Shard:
+    """Map and verify block `i` of a document."""
+    block_id = manifest.blocks[i]
+    try:
+        shard = map_shard(directory.block_path(block_id), block_id, manifest.spec, verify=verify)
+    except DamagedFile as damaged:
+        raise _quarantined(directory, damaged) from None
+    if (shard.first, shard.count) != (BLOCK_TOKENS * i, manifest.count(i)):
+        raise IntegrityError(
+            f"{directory.manifest_path(manifest.digest)}: blocks[{i}]: {block_id} must have first {BLOCK_TOKENS * i} "
+            f"and count {manifest.count(i)}, but has {shard.first} and {shard.count}. The manifest is wrong: "
+            "publish the document again."
+        )
+    return shard
+
+
+def check_documents(directory: Directory, digests: Sequence[str], progress: Progress | None) -> Report:
+    """Read every byte of some documents; see `BlockStore.verify`."""
+    defects: list[Defect] = []
+    manifests: list[Manifest] = []
+    for digest in digests:
+        try:
+            manifests.append(read_manifest(directory, digest))
+        except KvkernError as error:
+            defects.append(Defect(digest, directory.manifest_path(digest), str(error)))
+    jobs = [(manifest, i) for manifest in manifests for i in range(len(manifest.blocks))]
+
+    def check(job: tuple[Manifest, int]) -> Defect | None:
+        manifest, i = job
+        try:
+            map_block(directory, manifest, i, "sha256")
+        except KvkernError as error:
+            return Defect(manifest.digest, directory.block_path(manifest.blocks[i]), str(error))
+        return None
+
+    sizes = [payload_bytes(manifest.spec, manifest.count(i)) for manifest, i in jobs]
+    defects += [defect for defect in in_parallel(check, jobs, sizes, progress) if defect]
+    return Report(len(manifests), len(jobs), sum(sizes), tuple(defects))
+
+
+def _quarantined(directory: Directory, damaged: DamagedFile) -> IntegrityError:
+    return IntegrityError(f"{damaged}. {directory.quarantine(damaged)}")

@@ -1,0 +1,39 @@
+"""Faults: whatever happens to a store, no wrong byte is delivered, no good file is lost, and the refusal is clear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.store_faults import FaultyStore
+
+SHORT, LONG = 3_000, 100_000
+NEVER_HARMFUL = ("none", "index of another document", "stale index", "every call fails that writes")
+MUST_REFUSE = ("two valid blocks swapped", "manifest of another document", "bit flip in what is read", "truncation")
+
+
+@pytest.mark.parametrize(
+    "loads", [SHORT, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.slow])], ids="{:,}".format
+)
+def test_faults__no_wrong_byte_and_no_good_file_lost(tmp_path: Path, loads: int) -> None:
+    store = FaultyStore(tmp_path / "store", seed=loads)
+    names = list(store.faults)
+    for i in range(loads):
+        store.load(names[i % len(names)])
+    for name in NEVER_HARMFUL:
+        refused = {key: n for key, n in store.outcomes.items() if key.startswith(f"{name}: ") and "delivered" not in key}
+        assert not refused, f"{name} must not keep a reader from its document: {refused}"
+    for name in MUST_REFUSE:
+        assert any(key.startswith(f"{name}: ") and "delivered" not in key for key in store.outcomes), name
+    print(f"\n{loads:,} loads", *(f"  {key:55} {n:7,}" for key, n in sorted(store.outcomes.items())), sep="\n")
+
+
+def test_faults__the_injector_notices_a_store_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvkern.layout import shard
+
+    store = FaultyStore(tmp_path / "store")
+    monkeypatch.setattr(shard, "_check_digest", lambda *args, **kwargs: None)
+    with pytest.raises(AssertionError, match="wrong"):
+        for _ in range(500):
+            store.load("bit flip in what is read")
