@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -74,6 +75,11 @@ class _Plan:
     def mark(self) -> None:
         """Find out which blocks the documents need, or refuse to guess."""
         published = self.directory.digests()
+        if self._block_folders() and not os.path.isdir(self.directory.root / "manifests"):
+            raise LayoutError(
+                f"{self.directory.root}/manifests: folder: missing, though there are blocks, so what they belong to is "
+                "unknown, and nothing is collected. Put it back, or delete blocks/ to give all documents up."
+            )
         for path in self.directory.lost().values():
             raise LayoutError(
                 f"{path}: manifest: it is damaged, so which blocks its document needs is unknown, and nothing is "
@@ -110,16 +116,15 @@ class _Plan:
 
     def blocks(self) -> None:
         """First phase: blocks that nothing needs."""
-        for folder in self.directory.names("blocks"):
-            for path in self._paths(f"blocks/{folder}"):
+        for folder in self._block_folders():
+            for path in self._paths(folder):
                 block_id = path.name.removesuffix(_SUFFIX)
                 if is_digest(block_id) and block_id not in self.needed and self._is_old(path):
                     self.condemn.append(path)
 
     def leftovers(self) -> None:
         """Find temporary files of publishers that were killed."""
-        folders = [".", "manifests", "index", *(f"blocks/{name}" for name in self.directory.names("blocks"))]
-        for folder in folders:
+        for folder in (".", "manifests", "index", *self._block_folders()):
             for path in self._paths(folder):
                 if path.name.startswith(TEMPORARY) and self._is_old(path) and not is_being_written(path):
                     self.delete_others.append(path)
@@ -160,6 +165,9 @@ class _Plan:
                 raise
             error.args = (f"{path}: {error} Nothing is collected while a manifest cannot be read.",)
             raise
+
+    def _block_folders(self) -> list[str]:
+        return [f"blocks/{name}" for name in self.directory.names("blocks") if re.fullmatch(r"[0-9a-f]{2}", name)]
 
     def _paths(self, folder: str) -> Iterator[Path]:
         names = self.directory.names(folder)

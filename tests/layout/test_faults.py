@@ -14,7 +14,7 @@ MUST_REFUSE = ("two valid blocks swapped", "manifest of another document", "bit 
 
 
 @pytest.mark.parametrize(
-    "loads", [SHORT, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.slow])], ids="{:,}".format
+    "loads", [SHORT, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.slow])], ids=["short", "long"]
 )
 def test_faults__no_wrong_byte_and_no_good_file_lost(tmp_path: Path, loads: int) -> None:
     store = FaultyStore(tmp_path / "store", seed=loads)
@@ -22,7 +22,9 @@ def test_faults__no_wrong_byte_and_no_good_file_lost(tmp_path: Path, loads: int)
     for i in range(loads):
         store.load(names[i % len(names)])
     for name in NEVER_HARMFUL:
-        refused = {key: n for key, n in store.outcomes.items() if key.startswith(f"{name}: ") and "delivered" not in key}
+        refused = {
+            key: n for key, n in store.outcomes.items() if key.startswith(f"{name}: ") and "delivered" not in key
+        }
         assert not refused, f"{name} must not keep a reader from its document: {refused}"
     for name in MUST_REFUSE:
         assert any(key.startswith(f"{name}: ") and "delivered" not in key for key in store.outcomes), name

@@ -104,6 +104,10 @@ class FaultyStore:
         self._check_files(harmed)
         self._mend()
 
+    def refused(self, fault: str) -> int:
+        """Count the loads that a fault made fail."""
+        return sum(n for key, n in self.outcomes.items() if key.startswith(f"{fault}: ") and "delivered" not in key)
+
     def _get(self) -> None:
         original = self.random.choice(self.documents)
         document = BlockStore(self.root).get(original.digest, verify=self.random.choice(("auto", "sha256")))
@@ -145,7 +149,7 @@ class FaultyStore:
             if path not in harmed:
                 assert _stamp(path) == stamp or path.read_bytes() == self.good[path], f"a good file was lost: {path}"
         assert len(quarantine) <= len(harmed)
-        left = [path for path in self.root.rglob(".tmp-*")]
+        left = list(self.root.rglob(".tmp-*"))
         assert not left, f"temporary files are left: {left}"
 
     def _mend(self) -> None:
@@ -230,10 +234,12 @@ class FaultyStore:
 
 
 @contextlib.contextmanager
-def refusing(calls: tuple[str, ...], code: int, *, after: int, always: bool = False, under: Path) -> Iterator[None]:
-    """Let a call of the os module fail: the one that follows `after` others, or all of them."""
+def refusing(
+    calls: tuple[str, ...], code: int, *, after: int, always: bool = False, under: Path
+) -> Iterator[list[str]]:
+    """Let a call of the os module fail: the one that follows `after` others, or all of them; yields what failed."""
     real = {name: getattr(os, name) for name in calls}
-    seen = 0
+    seen, failed = 0, []
 
     def wrap(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -241,6 +247,7 @@ def refusing(calls: tuple[str, ...], code: int, *, after: int, always: bool = Fa
             inside = isinstance(args[0], int) or str(args[0]).startswith(str(under))
             seen += inside
             if inside and (always or seen == after + 1):
+                failed.append(name)
                 raise OSError(code, os.strerror(code))
             return real[name](*args, **kwargs)
 
@@ -249,7 +256,7 @@ def refusing(calls: tuple[str, ...], code: int, *, after: int, always: bool = Fa
     try:
         for name in calls:
             setattr(os, name, wrap(name))
-        yield
+        yield failed
     finally:
         for name in calls:
             setattr(os, name, real[name])
