@@ -137,6 +137,8 @@ class Store:
         from kvkern.model_patch.identity import spec_of
 
         stored = self.blocks.manifest(digest).spec
+        if (dtype := str(model.dtype).removeprefix("torch.")) != stored.dtype:
+            raise SpecMismatchError("dtype", stored.dtype, dtype)
         mine = spec_of(model, producer=stored.producer, salt=salt or "")
         difference = stored.first_difference(mine, ignore=("producer", "producer_info"))
         if producer is not None and producer != stored.producer:

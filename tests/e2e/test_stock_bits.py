@@ -153,3 +153,18 @@ def test_bits_widths__qwen3_4b_layers() -> None:
     kvkern.patch(model)
     logits, _ = greedy(model, 3, **inputs)
     assert sha256(logits) == sha256(expected)
+
+
+def test_publish__a_shared_beginning_is_stored_once_and_threads_do_not_change_the_digest(who, tmp_path) -> None:
+    """Stock's KV of a token is the same in every prefill of at most 1,024 tokens."""
+    store, before = kvkern.Store(tmp_path / "store"), torch.get_num_threads()
+    doc = who.doc(1024)
+    assert store.publish(who.model, doc[:700]).blocks_new == 3
+    done = store.publish(who.model, doc)
+    assert (done.blocks_new, done.blocks_reused) == (2, 2)
+    torch.set_num_threads(1)
+    try:
+        again = kvkern.Store(tmp_path / "empty").publish(who.model, doc)
+    finally:
+        torch.set_num_threads(before)
+    assert again.digest == done.digest

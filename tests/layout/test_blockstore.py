@@ -286,3 +286,74 @@ def test_store__files_are_where_the_format_says(store: BlockStore, make: Make) -
     for block_id, name in zip(ids, blocks, strict=True):
         assert hashlib.sha256((store.root / name).read_bytes()).hexdigest() == block_id
     assert str(store.root) not in (store.root / rest[3]).read_text()
+
+
+ELSEWHERE = """
+import os, sys, warnings
+warnings.simplefilter("error")
+from kvkern.layout import BlockStore
+os.chdir(sys.argv[1])
+store = BlockStore("moved")
+for line in store.ls():
+    document = store.get(line.digest)
+    ids = document.token_ids()
+    print(line.digest, len(document.shards), *store.find(line.spec.digest, ids)[0])
+"""
+
+
+def test_store__moved_and_read_elsewhere_everything_is_found(
+    store: BlockStore, make: Make, run_python: Callable[..., str], tmp_path: Path
+) -> None:
+    """Another process, hash seed, working directory and place; the index is trusted again, not rebuilt."""
+    samples = [make(300), make(700), make(520, seed=1)]
+    done = [sample.put(store) for sample in samples]
+    store.root.rename(tmp_path / "moved")
+    lines = run_python(ELSEWHERE, tmp_path, hash_seed="12345").splitlines()
+    expected = {f"{d.digest} {d.blocks_new + d.blocks_reused} {d.digest} {d.tokens}" for d in done}
+    assert set(lines) == expected
+
+
+PINNED = "e8f7792f7a31240c26a2a9de3d32e8880cc8e56fead061c24f7fb549330d3c08"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_put__digest_depends_on_spec_tokens_and_kv_alone(tmp_path: Path, make: Make, threads: int) -> None:
+    """In an empty store, in a full one, again, on other threads, and on the machine where it was pinned."""
+    sample, before = make(2000), torch.get_num_threads()
+    k = (torch.arange(sample.k.numel()) % 251 - 125).bfloat16().view_as(sample.k)
+    sample = replace(sample, ids=torch.arange(2000) * 7 % 1000, k=k, v=-k)
+    torch.set_num_threads(threads)
+    try:
+        full, empty = BlockStore(tmp_path / "full"), BlockStore(tmp_path / "empty")
+        for n in (1, 256, 700):
+            sample.start(n).put(full)
+        digests = {sample.put(store).digest for store in (empty, full, full)}
+    finally:
+        torch.set_num_threads(before)
+    assert digests == {PINNED}
+
+
+def test_store__damaged_marker_is_rebuilt_and_another_version_refused(store: BlockStore, make: Make) -> None:
+    digest = make(300).put(store).digest
+    marker = store.root / "format"
+    for damage in (b"", b"kvkern-st\x00re-v1", b"\xff" * 40):
+        marker.write_bytes(damage)
+        with pytest.warns(UserWarning, match="format: damaged"):
+            assert BlockStore(store.root).get(digest)
+        assert marker.read_bytes() == b"kvkern-store-v1"
+    marker.write_bytes(b"kvkern-store-v2")
+    with pytest.raises(LayoutError, match="'kvkern-store-v2', this kvkern reads 'kvkern-store-v1'"):
+        BlockStore(store.root)
+
+
+def test_open__a_thousand_documents_keep_no_file_open(store: BlockStore, make: Make) -> None:
+    sample = make(10)
+    digests = []
+    for i in range(1000):
+        ids = sample.ids.clone()
+        ids[0] = i
+        digests.append(store.put(sample.spec, ids, sample.k, sample.v).digest)
+    before = len(os.listdir("/proc/self/fd"))
+    documents = [store.get(digest) for digest in digests]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the lease
+    assert len({int(document.token_ids()[0]) for document in documents}) == 1000
