@@ -107,7 +107,7 @@ def live_leases(directory: Directory, stale: list[Path]) -> Counter[str] | None:
             if not _is_held(path):
                 stale.append(path)
                 continue
-            total += _held_in(path)
+            total += held_in(read_regular(path, "a lease", _LIMIT_BYTES)[0], path)
         except (FileNotFoundError, LayoutError) as error:
             if isinstance(error, FileNotFoundError):
                 continue
@@ -131,8 +131,12 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def _held_in(path: Path) -> Counter[str]:
-    data, _ = read_regular(path, "a lease", _LIMIT_BYTES)
+def held_in(data: bytes, path: Path) -> Counter[str]:
+    """Count what a lease's lines hold.
+
+    Raises:
+        LayoutError: a line is none.
+    """
     held: Counter[str] = Counter()
     for line in data.decode("ascii", "replace").split("\n")[:-1]:
         if line[:1] not in ("+", "-") or not is_digest(line[1:]):
