@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvkern.attention import KVView, Plan, prefix_attention, resolve
     from kvkern.errors import (
+        AccessError,
         IntegrityError,
         KvkernError,
         LayoutError,
         SpecMismatchError,
         UnsupportedError,
     )
-    from kvkern.layout import Published
+    from kvkern.layout import Collected, Explanation, Published, Report, Summary
     from kvkern.model_patch.register import patch, unpatch
     from kvkern.model_patch.store import Prefix, Store
     from kvkern.spec import KVSpec
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AccessError": "errors",
+    "Collected": "layout",
+    "Explanation": "layout",
     "IntegrityError": "errors",
     "KVSpec": "spec",
     "KVView": "attention",
@@ -30,7 +34,9 @@ _HOMES = {
     "Plan": "attention",
     "Prefix": "model_patch.store",
     "Published": "layout",
+    "Report": "layout",
     "SpecMismatchError": "errors",
+    "Summary": "layout",
     "Store": "model_patch.store",
     "UnsupportedError": "errors",
     "patch": "model_patch.register",
@@ -40,6 +46,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccessError",
+    "Collected",
+    "Explanation",
     "IntegrityError",
     "KVSpec",
     "KVView",
@@ -48,8 +57,10 @@ __all__ = [
     "Plan",
     "Prefix",
     "Published",
+    "Report",
     "SpecMismatchError",
     "Store",
+    "Summary",
     "UnsupportedError",
     "patch",
     "prefix_attention",

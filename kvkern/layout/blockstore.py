@@ -174,12 +174,19 @@ class BlockStore:
                 best = document, shared
         return best if best and best[1] else None
 
-    def why(self, token_ids: Tensor | Sequence[int], spec: KVSpec | None = None) -> list[Explanation]:
+    def why(
+        self,
+        token_ids: Tensor | Sequence[int],
+        spec: KVSpec | None = None,
+        *,
+        ignore: tuple[str, ...] = ("producer", "producer_info"),
+    ) -> list[Explanation]:
         """Explain for every document how far it serves some tokens, and what differs.
 
         Args:
             token_ids: `[n]` or `[1, n]` integers in [0, 2^31).
             spec: what the reader has; None compares tokens alone.
+            ignore: fields of the spec that may differ; a reader takes any producer unless it insists.
 
         Returns:
             Usable documents first, most tokens first. A hint from unverified files, as `find`.
@@ -187,7 +194,7 @@ class BlockStore:
         Raises:
             LayoutError: `token_ids` does not have this form.
         """
-        return self._search.why(token_ids, spec)
+        return self._search.why(token_ids, spec, ignore)
 
     def ls(self) -> list[Summary]:
         """List the documents by digest; a damaged manifest is left out with a warning."""

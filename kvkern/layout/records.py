@@ -87,6 +87,13 @@ class Explanation:
         """Whether a reader may attend to the matched tokens: there are some, and no field of the spec differs."""
         return self.matched > 0 and all(name.startswith("token_ids[") for name, _, _ in self.differences)
 
+    @property
+    def reason(self) -> str:
+        """What differs, in words."""
+        if not self.differences:
+            return "nothing"
+        return "; ".join(f"{name}: {stored!r}, {wanted!r}" for name, stored, wanted in self.differences)
+
 
 @dataclass(frozen=True)
 class Collected:

@@ -50,7 +50,7 @@ class Search:
                     found.append((entry.manifest.digest, shared))
         return sorted(found, key=lambda item: (-item[1], item[0]))
 
-    def why(self, token_ids: Tensor | Sequence[int], spec: KVSpec | None) -> list[Explanation]:
+    def why(self, token_ids: Tensor | Sequence[int], spec: KVSpec | None, ignore: tuple[str, ...]) -> list[Explanation]:
         """Explain for every document how far it serves; see `BlockStore.why`."""
         query = token_tensor(token_ids)
         keys: dict[str, tuple[str, ...]] = {}
@@ -60,7 +60,7 @@ class Search:
             if stored.digest not in keys:
                 keys[stored.digest] = chain_keys(stored.digest, query)
             matched = self._matched(entry, query, keys[stored.digest])
-            differences = [] if spec is None else list(stored.differences(spec, ignore=()))
+            differences = [] if spec is None else list(stored.differences(spec, ignore=ignore))
             if matched < min(query.numel(), entry.manifest.num_tokens):
                 differences.append((f"token_ids[{matched}]", entry.token(matched), int(query[matched])))
             found.append(Explanation(entry.manifest.digest, entry.manifest.num_tokens, matched, tuple(differences)))

@@ -12,12 +12,16 @@ from kvkern.contract import TILE_TOKENS
 from kvkern.errors import SpecMismatchError, UnsupportedError
 from kvkern.layout import (
     BLOCK_TILES,
+    GRACE_S,
     BlockStore,
+    Collected,
     Document,
+    Explanation,
     MappedPool,
     Published,
     Report,
     Summary,
+    blocks_for,
     map_pool,
 )
 from kvkern.layout.index import token_tensor
@@ -134,18 +138,65 @@ class Store:
             SpecMismatchError: the model, producer or salt differs; the field and both values are named.
             LayoutError: no such document, or a file of another form.
         """
-        from kvkern.model_patch.identity import spec_of
-
         stored = self.blocks.manifest(digest).spec
-        if (dtype := str(model.dtype).removeprefix("torch.")) != stored.dtype:
-            raise SpecMismatchError("dtype", stored.dtype, dtype)
-        mine = spec_of(model, producer=stored.producer, salt=salt or "")
-        difference = stored.first_difference(mine, ignore=("producer", "producer_info"))
-        if producer is not None and producer != stored.producer:
-            difference = ("producer", stored.producer, producer)
+        difference = _difference(stored, model, producer, salt)
         if difference is not None:
             raise SpecMismatchError(*difference)
         return Prefix(self.blocks.get(digest, progress=progress), model)
+
+    def match(
+        self,
+        token_ids: Tensor | Sequence[int],
+        model: PreTrainedModel,
+        *,
+        producer: str | None = None,
+        salt: str | None = None,
+    ) -> Prefix | None:
+        """Open the longest published beginning of a prompt.
+
+        Args:
+            token_ids: `[n]` or `[1, n]`, the whole prompt.
+            model: the reader.
+            producer: insist on a producer; None accepts any.
+            salt: the salt it was published with; None means the empty salt.
+
+        Returns:
+            A Prefix of `prefix.tokens` tokens, fewer than n, so that `prefix.prepare(token_ids[prefix.tokens:])` goes
+            on; None when no document begins like the prompt. Its tokens were compared with the verified blocks.
+
+        Raises:
+            LayoutError: the ids are malformed.
+
+        Bits:
+            KV is what the document's publisher computed. Stock's KV of a token depends on the length of the prefill
+            once that crosses 1,024 tokens, so a match within a longer document may differ from a prefill of its own.
+        """
+        ids = token_tensor(token_ids)
+        if ids.numel() == 1:
+            return None
+        specs = {line.spec.digest: line.spec for line in self.blocks.ls()}
+        mine = (digest for digest, spec in specs.items() if _difference(spec, model, producer, salt) is None)
+        found = [match for match in (self.blocks.match(digest, ids[:-1]) for digest in mine) if match]
+        if not found:
+            return None
+        document, tokens = max(found, key=lambda match: match[1])
+        return Prefix(document, model, tokens)
+
+    def why(
+        self, token_ids: Tensor | Sequence[int], model: PreTrainedModel, *, salt: str | None = None
+    ) -> list[Explanation]:
+        """Explain for every document how many of the tokens it serves this model, and what differs; best first."""
+        from kvkern.model_patch.identity import spec_of
+
+        return self.blocks.why(token_ids, spec_of(model, salt=salt or ""))
+
+    def remove(self, digest: str) -> str:
+        """Take a document out of the list; see `layout.BlockStore.remove`."""
+        return self.blocks.remove(digest)
+
+    def gc(self, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
+        """Take back the space of blocks that no document needs; see `layout.BlockStore.gc`."""
+        return self.blocks.gc(grace_s=grace_s, dry_run=dry_run)
 
     def ls(self) -> list[Summary]:
         """Return the published documents."""
@@ -163,10 +214,12 @@ class Prefix:
     Attributes:
         document: manifest and mapped shards.
         model: the reader.
+        length: leading tokens of the document that belong to the prefix; None for all.
     """
 
     document: Document
     model: PreTrainedModel
+    length: int | None = None
 
     @property
     def digest(self) -> str:
@@ -180,18 +233,18 @@ class Prefix:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the document."""
-        return self.document.manifest.num_tokens
+        """Tokens of the prefix."""
+        return self.document.manifest.num_tokens if self.length is None else self.length
 
     @cached_property
     def token_ids(self) -> Tensor:
-        """The document's token ids, `[tokens]` int64."""
-        return self.document.token_ids()
+        """The prefix's token ids, `[tokens]` int64."""
+        return self.document.token_ids()[: self.tokens]
 
     @cached_property
     def pool(self) -> MappedPool:
         """What kernels read: the mapped shards, in place."""
-        return map_pool(self.document.shards)
+        return map_pool(self.document.shards[: blocks_for(self.tokens)])
 
     def prepare(
         self,
@@ -241,6 +294,20 @@ class Prefix:
 
     def __exit__(self, *_: object) -> None:
         """Leave; the mappings go when the last reader's cache goes."""
+
+
+def _difference(
+    stored: KVSpec, model: PreTrainedModel, producer: str | None, salt: str | None
+) -> tuple[str, Any, Any] | None:
+    """Return what keeps a model from reading KV of a spec: (field, stored, wanted)."""
+    from kvkern.model_patch.identity import spec_of
+
+    if (dtype := str(model.dtype).removeprefix("torch.")) != stored.dtype:
+        return "dtype", stored.dtype, dtype
+    if producer not in (None, stored.producer):
+        return "producer", stored.producer, producer
+    mine = spec_of(model, producer=stored.producer, salt=salt or "")
+    return stored.first_difference(mine, ignore=("producer", "producer_info"))
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:

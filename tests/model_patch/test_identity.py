@@ -102,3 +102,38 @@ def test_publish__one_digest_in_an_empty_and_a_full_store_on_one_and_two_threads
         finally:
             torch.set_num_threads(before)
     assert len(digests) == 1
+
+
+def test_match__the_longest_beginning_that_this_model_may_read(store: kvkern.Store, doc: list[int]) -> None:
+    model, other = tiny("qwen3"), tiny("qwen3", rms_norm_eps=1e-5)
+    long, short = store.publish(model, doc).digest, store.publish(model, doc[:30]).digest
+    store.publish(other, doc + doc)
+    store.publish(model, doc + doc, salt="alice")
+    prompt = torch.tensor(doc[:50] + [9, 9, 9])
+    prefix = store.match(prompt, model)
+    assert (prefix.digest, prefix.tokens) == (long, 50) and prefix.token_ids.tolist() == doc[:50]
+    assert store.match(doc, model).tokens == len(doc) - 1  # one token is left to go on with
+    assert store.match(doc[:31], model).tokens == 30
+    assert store.match(doc * 2, model, salt="alice").tokens == 2 * len(doc) - 1
+    assert store.match([9, 9, 9], model) is None and store.match(doc, model, producer="contract") is None
+    best, *rest = store.why(prompt, model)
+    assert (best.digest, best.matched, best.reason) == (long, 50, f"token_ids[50]: {doc[50]}, 9")
+    usable = [line for line in rest if line.is_usable]
+    assert [(line.digest, line.matched, line.reason) for line in usable] == [(short, 30, "nothing")]
+    refused = {line.differences[0][0] for line in rest if not line.is_usable}
+    assert refused == {"config.rms_norm_eps", "salt"}
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65])
+def test_bits_match__a_beginning_reads_like_a_document_of_its_own(store: kvkern.Store, doc: list[int], tokens) -> None:
+    model = tiny("qwen3")
+    store.publish(model, doc)
+    kvkern.patch(model)
+    prompt = doc[:tokens] + [60, 61, 62, 63]
+    prefix = store.match(prompt, model)
+    assert prefix.tokens == tokens
+    own = kvkern.Store(store.blocks.root.with_name("own"))
+    whole = own.open(own.publish(model, doc[:tokens]).digest, model)
+    with torch.no_grad():
+        logits = [model(**each.prepare(prompt[tokens:])).logits for each in (prefix, whole)]
+    assert torch.equal(*(x.view(torch.int16) for x in logits))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from kvkern.asking import QUESTION, ask, document_ids, question_rows
+from kvkern.cli.asking import QUESTION, ask, document_ids, question_rows
 from kvkern.errors import LayoutError
 from kvkern.kernels import native
 from kvkern.layout import unpack
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kvkern.asking import Answers
+    from kvkern.cli.asking import Answers
     from kvkern.model_patch.store import Prefix
 
     Say = Callable[[str], None]

@@ -18,7 +18,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from kvkern.demo import Comparison, Demo, Times
+    from kvkern.cli.demo import Comparison, Demo, Times
 
 
 class Format(StrEnum):

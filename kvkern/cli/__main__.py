@@ -1,0 +1,5 @@
+"""`python -m kvkern.cli`."""
+
+from kvkern.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""The command that says what runs on this machine: env."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import kvkern
+from kvkern.cli.app import ISA_VARIABLE, FormatOption, app
+from kvkern.cli.view import Format, fields, flat, print_result
+from kvkern.errors import KvkernError
+
+
+@app.command()
+def env(output: FormatOption = Format.table) -> None:
+    """Show versions, the CPU, the C library, and which backend runs here.
+
+    Example: kvkern env --format json
+    """
+    import torch
+
+    from kvkern.contract import CONTRACT_ID
+    from kvkern.model_patch.identity import cpu_isa
+    from kvkern.model_patch.probe import stock_order
+
+    names = ("torch", "triton", "transformers", "safetensors")
+    data = {
+        "kvkern": kvkern.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in names},
+        "cpu_isa": cpu_isa(),
+        ISA_VARIABLE: os.environ.get(ISA_VARIABLE),
+        "threads": torch.get_num_threads(),
+        "c_library": _c_library(),
+        "contract": CONTRACT_ID,
+        "plan": _plan(),
+        "stock": dataclasses.asdict(stock_order()),
+    }
+    print_result(output, data, fields({name: "-" if value is None else value for name, value in flat(data)}))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _c_library() -> dict[str, Any]:
+    from kvkern.kernels.native import plan_build
+
+    try:
+        build = plan_build()
+    except KvkernError as error:
+        return {"error": str(error)}
+    return {
+        "compiler": f"{build.compiler} ({build.compiler_version})",
+        "flags": " ".join(build.flags),
+        "path": str(build.library),
+        "is_compiled": build.library.exists(),
+    }
+
+
+def _plan() -> dict[str, str]:
+    """Resolve one decode step of one reader."""
+    import torch
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    def counts(value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32)
+
+    tiles, no_blocks = tensor(1, 1, 1, 64, 64), torch.zeros(1, 0, 2, dtype=torch.int64)
+    kv = kvkern.KVView(tiles, no_blocks, counts(0), counts(0), tiles, tiles, counts(1), counts(1))
+    plan = kvkern.resolve(tensor(1, 1, 1, 64), kv)
+    return {"backend": plan.backend, "profile": plan.profile, "reason": plan.reason}
