@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -122,9 +121,20 @@ def parse_header(buffer: np.ndarray, path: Path, spec: KVSpec) -> Header:
     if set(header) != set(expected):
         bad("tensors", sorted(header), f"exactly {sorted(expected)}")
     for name, entry in expected.items():
-        if json.dumps(header[name], sort_keys=True) != json.dumps(entry, sort_keys=True):
+        if not _same(header[name], entry):
             bad(name, header[name], entry)
     end = 8 + length + payload_bytes(spec, count)
     if end != len(buffer):
         bad("file size", len(buffer), f"{end} bytes")
     return Header(first, count, 8 + length, expected)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Compare as JSON does: 1, 1.0 and true are three values."""
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    return found == expected

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _WORTH_THREADS_BYTES = 2 << 20  # below, starting threads costs more than hashing
 
@@ -18,27 +18,30 @@ _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 def in_parallel(
     work: Callable[[_Item], _Result], items: Sequence[_Item], sizes: Sequence[int], progress: Progress | None
-) -> list[_Result]:
-    """Map `work` over items; the first error ends it.
+) -> Iterator[_Result]:
+    """Map `work` over items, in their order; the first error ends it.
 
     Args:
-        work: called once per item; lets go of the GIL where it is slow.
+        work: called once per item; lets go of the GIL where it is slow. What is plain Python belongs into the loop
+            over the results, which runs meanwhile.
         items: what to work on.
         sizes: bytes behind each item.
         progress: called with `(done, total)` bytes after each item.
+
+    Yields:
+        The results.
     """
-    total = sum(sizes)
-
-    def collected(results: Iterable[_Result]) -> list[_Result]:
-        found, done = [], 0
-        for result, size in zip(results, sizes, strict=True):
-            found.append(result)
-            done += size
-            if progress is not None:
-                progress(done, total)
-        return found
-
-    if total < _WORTH_THREADS_BYTES:
-        return collected(map(work, items))
+    if sum(sizes) < _WORTH_THREADS_BYTES:
+        yield from _reported(map(work, items), sizes, progress)
+        return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return collected(pool.map(work, items))
+        yield from _reported(pool.map(work, items), sizes, progress)
+
+
+def _reported(results: Iterable[_Result], sizes: Sequence[int], progress: Progress | None) -> Iterator[_Result]:
+    done, total = 0, sum(sizes)
+    for result, size in zip(results, sizes, strict=True):
+        yield result
+        done += size
+        if progress is not None:
+            progress(done, total)

@@ -38,7 +38,7 @@ def publish(
         return encode_shard(spec, BLOCK_TOKENS * i, tokens, k_tiles[tiles], v_tiles[tiles])
 
     sizes = [payload_bytes(spec, min(BLOCK_TOKENS, ids.numel() - i)) for i in range(0, ids.numel(), BLOCK_TOKENS)]
-    done = in_parallel(lambda i: _put_block(directory, encoded(i)), range(len(sizes)), sizes, progress)
+    done = list(in_parallel(lambda i: _put_block(directory, encoded(i)), range(len(sizes)), sizes, progress))
     manifest = Manifest(spec, ids.numel(), tuple(block_id for block_id, _ in done))
     _commit(directory, manifest, encoded)
     new = sum(is_new for _, is_new in done)

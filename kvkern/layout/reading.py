@@ -11,7 +11,7 @@ from kvkern.layout.header import payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
 from kvkern.layout.records import Defect, Report
-from kvkern.layout.shard import map_shard
+from kvkern.layout.shard import map_verified, shard_of
 from kvkern.layout.tiles import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kvkern.layout.directory import Directory
     from kvkern.layout.parallel import Progress
-    from kvkern.layout.shard import Shard
+    from kvkern.layout.shard import Shard, VerifiedBytes
 
 
 def read_manifest(directory: Directory, digest: str) -> Manifest:
@@ -39,21 +39,25 @@ def read_manifest(directory: Directory, digest: str) -> Manifest:
 def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:
     """Map and verify all blocks of a document; see `BlockStore.get`."""
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))]
-    return in_parallel(lambda i: map_block(directory, manifest, i, verify), range(len(sizes)), sizes, progress)
+    parts = in_parallel(lambda i: _map_bytes(directory, manifest, i, verify), range(len(sizes)), sizes, progress)
+    return [_shard(directory, manifest, i, part) for i, part in enumerate(parts)]
 
 
-def map_block(directory: Directory, manifest: Manifest, i: int, verify: str) -> Shard:
-    """Map and verify block `i` of a document."""
+def _map_bytes(directory: Directory, manifest: Manifest, i: int, verify: str) -> VerifiedBytes:
     block_id = manifest.blocks[i]
     try:
-        shard = map_shard(directory.block_path(block_id), block_id, manifest.spec, verify=verify)
+        return map_verified(directory.block_path(block_id), block_id, verify=verify)
     except DamagedFile as damaged:
         raise _quarantined(directory, damaged) from None
+
+
+def _shard(directory: Directory, manifest: Manifest, i: int, part: VerifiedBytes) -> Shard:
+    shard = shard_of(part, manifest.spec)
     if (shard.first, shard.count) != (BLOCK_TOKENS * i, manifest.count(i)):
         raise IntegrityError(
-            f"{directory.manifest_path(manifest.digest)}: blocks[{i}]: {block_id} must have first {BLOCK_TOKENS * i} "
-            f"and count {manifest.count(i)}, but has {shard.first} and {shard.count}. The manifest is wrong: "
-            "publish the document again."
+            f"{directory.manifest_path(manifest.digest)}: blocks[{i}]: {shard.block_id} must have first "
+            f"{BLOCK_TOKENS * i} and count {manifest.count(i)}, but has {shard.first} and {shard.count}. The manifest "
+            "is wrong: publish the document again."
         )
     return shard
 
@@ -72,7 +76,7 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
     def check(job: tuple[Manifest, int]) -> Defect | None:
         manifest, i = job
         try:
-            map_block(directory, manifest, i, "sha256")
+            _shard(directory, manifest, i, _map_bytes(directory, manifest, i, "sha256"))
         except KvkernError as error:
             return Defect(manifest.digest, directory.block_path(manifest.blocks[i]), str(error))
         return None

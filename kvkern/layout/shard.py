@@ -37,8 +37,21 @@ if TYPE_CHECKING:
 
 _STEP_BYTES = 1 << 20
 
-# block id -> xxh3_128 of bytes whose SHA-256 this process has checked
+
 _VERIFIED: dict[str, bytes] = {}
+"""Block id to xxh3_128 of bytes whose SHA-256 this process has checked."""
+
+_FORMS: dict[tuple[str, str], Header] = {}
+"""(Block id, spec digest) to the header of bytes whose form this process has checked."""
+
+
+@dataclass(frozen=True, eq=False)
+class VerifiedBytes:
+    """A block's file, mapped, whose bytes are those of its block id; `[size]` uint8."""
+
+    path: Path
+    block_id: str
+    buffer: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +123,12 @@ def encode_shard(spec: KVSpec, first: int, token_ids: Tensor, k: Tensor, v: Tens
 
 
 def map_shard(path: Path, block_id: str, spec: KVSpec, *, verify: str = "auto") -> Shard:
-    """Map one block and check it, first its bytes, then its form.
+    """Map one block and check it, first its bytes, then its form; see `map_verified` and `shard_of`."""
+    return shard_of(map_verified(path, block_id, verify=verify), spec)
+
+
+def map_verified(path: Path, block_id: str, *, verify: str = "auto") -> VerifiedBytes:
+    """Map one block and check its bytes.
 
     The digest is taken over the very mapping that is handed out. The hashes release the GIL: call
     this from a thread pool. No file descriptor stays open.
@@ -118,24 +136,42 @@ def map_shard(path: Path, block_id: str, spec: KVSpec, *, verify: str = "auto") 
     Args:
         path: the file.
         block_id: SHA-256 that the bytes must have, 64 hex digits.
-        spec: the spec that the block must carry.
         verify: `sha256` reads every byte through SHA-256; `auto` does so the first time in this
             process and compares xxh3_128 of every byte afterwards.
 
     Raises:
         IntegrityError: the file is missing, or (DamagedFile) its bytes are not those of the block id.
-        LayoutError: not a regular file, too large, or of another form than FORMAT.md says.
+        LayoutError: not a regular file, or too large.
         AccessError: the file system refused; the file may be fine.
-        SpecMismatchError: the block was published under another spec.
     """
     if verify not in ("auto", "sha256"):
         raise LayoutError(f"verify must be 'auto' or 'sha256', got {verify!r}")
     buffer, identity = _map(path)
-    _check_digest(buffer, path, block_id, identity, fast=verify == "auto")
-    header = parse_header(buffer, path, spec)
+    known = _VERIFIED.get(block_id) if verify == "auto" else None
+    if known is None or xxhash.xxh3_128_digest(buffer) != known:
+        _VERIFIED[block_id] = _check_digest(buffer, path, block_id, identity)
+    return VerifiedBytes(path, block_id, buffer)
+
+
+def shard_of(verified: VerifiedBytes, spec: KVSpec) -> Shard:
+    """Read a block out of its verified bytes.
+
+    Args:
+        verified: the bytes.
+        spec: the spec that the block must carry.
+
+    Raises:
+        LayoutError: another form than FORMAT.md says.
+        SpecMismatchError: the block was published under another spec.
+    """
+    path, buffer = verified.path, verified.buffer
+    known = _FORMS.get((verified.block_id, spec.digest))
+    header = known or parse_header(buffer, path, spec)
     views = _tensors(buffer, header)
-    _check_padding(views, header.count, path)
-    return Shard(block_id, path, header.first, header.count, **views, nbytes=len(buffer))
+    if known is None:
+        _check_padding(views, header.count, path)
+        _FORMS[verified.block_id, spec.digest] = header
+    return Shard(verified.block_id, path, header.first, header.count, **views, nbytes=len(buffer))
 
 
 def read_tokens(path: Path, spec: KVSpec) -> Tensor:
@@ -170,11 +206,8 @@ def _map(path: Path, *, populate: bool = True) -> tuple[np.ndarray, Identity]:
         os.close(fd)
 
 
-def _check_digest(buffer: np.ndarray, path: Path, block_id: str, identity: Identity, *, fast: bool) -> None:
-    """Prove that the mapped bytes are the block's, or that they are not."""
-    known = _VERIFIED.get(block_id) if fast else None
-    if known is not None and xxhash.xxh3_128_digest(buffer) == known:
-        return
+def _check_digest(buffer: np.ndarray, path: Path, block_id: str, identity: Identity) -> bytes:
+    """Prove that the mapped bytes are the block's, or that they are not; returns their xxh3_128."""
     sha, xxh = hashlib.sha256(), xxhash.xxh3_128()
     for start in range(0, len(buffer), _STEP_BYTES):  # both hashes see a step while it is in the cache
         step = buffer[start : start + _STEP_BYTES]
@@ -183,7 +216,7 @@ def _check_digest(buffer: np.ndarray, path: Path, block_id: str, identity: Ident
     if sha.hexdigest() != block_id:
         text = f"{path}: SHA-256: the bytes have {sha.hexdigest()}, the name promises {block_id}"
         raise DamagedFile(text, path, identity)
-    _VERIFIED[block_id] = xxh.digest()
+    return xxh.digest()
 
 
 def _tensors(buffer: np.ndarray, header: Header) -> dict[str, Tensor]:
@@ -196,12 +229,12 @@ def _tensors(buffer: np.ndarray, header: Header) -> dict[str, Tensor]:
 
 
 def _check_padding(views: dict[str, Tensor], count: int, path: Path) -> None:
-    ids, rest = views["tokens"].reshape(-1), count % TILE_TOKENS
-    if bool((ids[:count] < 0).any()) or bool((ids[count:] != -1).any()):
+    ids, rest = views["tokens"].numpy().reshape(-1), count % TILE_TOKENS
+    if (ids[:count] < 0).any() or (ids[count:] != -1).any():
         raise LayoutError(f"{path}: tokens: ids >= 0 are required up to count {count}, -1 behind it")
     if not rest:
         return
     tails = {"k": views["k"][-1, ..., rest:], "v": views["v"][-1, :, :, rest:]}
     for name, tail in tails.items():
-        if bool(tail.view(torch.int16).any()):
+        if tail.view(torch.int16).numpy().any():
             raise LayoutError(f"{path}: {name}: padding behind token {count} must be +0")
