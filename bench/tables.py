@@ -26,6 +26,23 @@ LABELS = {
     "first-open": "open, first in a process",
     "later-open": "open, later",
     "next-reader": "one more reader of an open prefix",
+    "read-file": "plain read into one buffer",
+    "hash": "SHA-256 of the bytes in memory, two threads",
+    "first-load": "kvkern, every byte through SHA-256",
+    "later-load": "kvkern, every byte through xxh3",
+    "safetensors-load": "safetensors, read into memory, unchecked",
+    "safetensors-map": "safetensors, mapped, unread and unchecked",
+    "torch-load": "torch.load, unchecked",
+    "write-file": "plain write of the shards' bytes, fsync",
+    "store-put": "kvkern: pack, hash, write, fsync",
+    "store-put-again": "kvkern, all blocks there already",
+    "safetensors-save": "safetensors save_file, fsync",
+    "torch-save": "torch.save, fsync",
+    "one-first": "open 1 document, first in a process",
+    "one-later": "open 1 document, later",
+    "all-first": "open 1,000 documents, first in a process",
+    "all-later": "open 1,000 documents, later",
+    "find": "find the longest beginning among 1,000",
 }
 
 
@@ -114,6 +131,21 @@ def _plain(field: str, digits: int = 3) -> Callable[[Row, Rows], str]:
     return lambda row, rows: number(row.get(field), digits)
 
 
+def of_rate(baseline: str) -> Column:
+    """Return the column of the row's rate in percent of another row's."""
+
+    def percent(row: Row, rows: Rows) -> str:
+        base = rows.get(baseline)
+        return number(100 * base["median"] / row["median"], 2) if base is not None else MISSING
+
+    return f"% of {label(baseline)}", percent
+
+
+def ms_per_document(row: Row, rows: Rows) -> str:
+    """Return the median in milliseconds over the documents."""
+    return number(1e3 * row["median"] / row["documents"])
+
+
 RATES: tuple[Column, ...] = (("GB/s", _plain("gbps")), ("% of read", _plain("percent_of_read", 2)))
 FAULTS: Column = ("page faults", lambda row, rows: f"{row['page_faults']:,}")
 BITS: Column = ("Bits", bits)
@@ -149,6 +181,24 @@ SECTIONS = (
         "time, xxh3 later), and the first one hashes the weights too. One more reader costs nothing until it asks: no "
         "ratio there. Stock eager runs ahead of the rotation, once where it is slow.",
         (times_speed_of("eager-prefill"), times_speed_of("sdpa-prefill"), FAULTS, BITS),
+    ),
+    Section(
+        "load",
+        "Load of one document from the store",
+        "Random KV; files are in the page cache. The peers keep the same tensors in one file and check nothing.",
+        (RATES[0], of_rate("hash"), of_rate("read-file"), BITS),
+    ),
+    Section(
+        "save",
+        "Publish one document",
+        "To the disk: every way ends with an fsync of what it wrote.",
+        (RATES[0], of_rate("write-file")),
+    ),
+    Section(
+        "open",
+        "Open one document of many",
+        "300 tokens each, two blocks, one of them shared by all; every byte verified.",
+        (("ms a document", ms_per_document),),
     ),
     Section(
         "decode-step",
