@@ -161,3 +161,36 @@ def test_damage_exits_2_without_traceback__in_a_real_process(fresh, small_store)
     done = fresh(RUN, "verify", "--store", small_store.root)
     assert done.returncode == 2
     assert "DAMAGED" in done.stdout and done.stderr == ""
+
+
+def test_why_says_what_matches_and_which_field_does_not(kv, small_store, tmp_path):
+    ids = [*range(280), 7, 8]
+    (tmp_path / "ids.txt").write_text(str(ids))
+    result = kv("why", tmp_path / "ids.txt", "--store", small_store.root)
+    assert result.exit_code == 0 and "token_ids[280]: 280, 7" in result.stdout and "yes" in result.stdout
+    data = json.loads(kv("why", "0,1 2", "--store", small_store.root, "--format", "json").stdout)
+    (found,) = data["documents"]
+    assert (found["digest"], found["matched"], found["usable"]) == (small_store.digest, 3, True)
+    refused = kv("why", "one two", "--store", small_store.root)
+    assert refused.exit_code == 1 and "TOKENS" in refused.stderr
+
+
+def test_remove_and_gc_take_the_space_back_in_two_runs(kv, small_store):
+    assert kv("gc", "--store", small_store.root).exit_code == 0
+    removed = kv("remove", small_store.digest[:9], "--store", small_store.root)
+    assert removed.exit_code == 0 and small_store.digest in removed.stdout
+    assert "no documents" in kv("ls", "--store", small_store.root).stdout
+    gc = ("gc", "--grace", "0", "--store", small_store.root, "--format", "json")
+    assert json.loads(kv(*gc, "--dry-run").stdout)["blocks_condemned"] == 2 and len(small_store.blocks) == 2
+    assert json.loads(kv(*gc).stdout)["blocks_condemned"] == 2 and small_store.blocks == []
+    assert json.loads(kv(*gc).stdout)["blocks_deleted"] == 2
+    assert kv("remove", small_store.digest, "--store", small_store.root).exit_code == 1
+
+
+def test_verify_exits_2_until_a_damaged_manifest_is_published_again(kv, small_store):
+    manifest = small_store.root / "manifests" / f"{small_store.digest}.json"
+    manifest.write_text(manifest.read_text().replace("2", "3"))
+    for _ in range(2):
+        result = kv("verify", "--store", small_store.root)
+        assert result.exit_code == 2 and small_store.digest[:16] in result.stdout
+    assert kv("gc", "--store", small_store.root).exit_code == 1

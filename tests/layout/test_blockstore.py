@@ -264,6 +264,7 @@ k = (torch.arange(300 * 64) % 251).bfloat16().view(1, 1, 300, 64)
 done = store.put(spec, list(range(300)), k, k)
 assert store.verify().ok and store.ls()[0].digest == done.digest
 assert store.find(spec.digest, list(range(290))) == [(done.digest, 290)]
+assert store.gc().blocks_needed == 2 and store.why(range(9))[0].matched == 9
 print(done.digest, done.blocks_new)
 """
 
