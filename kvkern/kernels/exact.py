@@ -1,0 +1,270 @@
+"""Exact attention in Triton: contract part A over packed tiles, in four launches.
+
+    score    t = RNE16(RNE16(RNE16(q k) c) + 0)      a program: rows of one reader, one KV head, some tiles
+    softmax  max, exp, 16-lane sum, p                a program: one row
+    output   one chain per (row, channel, run)       a program: rows of one reader, some channels, one run of keys
+    fold     run sums added left to right, RNE16     a program: rows of one reader, all channels
+
+Bits depend on q, K and V by position, sm_scale and key_run alone. A program owns whole chains, and lanes never meet, except
+in the max, which has no order, and in halve16. Two neighbouring bf16 travel in one 32-bit word: keys in a K tile, channels in
+a V tile, channels in q, keys in p. Critical paths: score, head_dim dependent fmas; softmax, keys / 16 dependent adds; output, 512
+(or 1,024) dependent fmas; fold, one add per run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.primitives import (
+    INFINITY_KEY,
+    MINUS_INFINITY_KEY,
+    exp_c,
+    from_order_key,
+    halve16,
+    high_half,
+    log_n,
+    order_key,
+    round16,
+    widen_high,
+    widen_low,
+)
+
+TILE = tl.constexpr(64)
+
+
+@triton.jit
+def score_kernel(
+    q_ptr,  # [B, Hq, Tq, D / 2] words of two channels
+    pool_ptr,  # words; all tiles are addressed from here
+    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    t_ptr,  # [rows, key_capacity / 2] words of two keys
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,  # words
+    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; K of the suffixes
+    stride_tile: tl.int64, layer_offset: tl.int64,  # words
+    max_blocks, block_tiles, num_rows, max_query_len, first_query, row_blocks,
+    key_capacity: tl.int64,
+    sm_scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Score ROWS rows against 2 * WORDS keys."""
+    b, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
+    kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    prefix = tl.load(reader_prefix_ptr + b)
+    shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
+    keys = tl.load(prefix_len_ptr + prefix) + tl.load(suffix_len_ptr + b)
+    first_word = tl.program_id(2) * WORDS
+    last_row = tl.minimum(block * ROWS + ROWS, num_rows) - 1
+    most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
+    if 2 * first_word < most:
+        word = first_word + tl.arange(0, WORDS)[None, :]
+        tile = tl.minimum(word // (TILE // 2), (keys - 1) // TILE)  # lanes past the last key read what nobody sees
+        in_pool = tile < shared_tiles
+        entry = (prefix * max_blocks + tl.minimum(tile // block_tiles, max_blocks - 1)).to(tl.int64) * 2
+        pool_offset = tl.load(table_ptr + entry, mask=in_pool, other=0) // 2
+        pool_offset += (tile % block_tiles) * stride_tile + layer_offset + kv_head * (HEAD_DIM * TILE // 2)
+        suffix_offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
+        k_ptrs = pool_ptr + tl.where(in_pool, pool_offset, suffix_offset) + word % (TILE // 2)
+
+        row = block * ROWS + tl.arange(0, ROWS)[:, None]
+        real = tl.minimum(row, num_rows - 1)
+        query = first_query + real // GROUP
+        head = kv_head * GROUP + real % GROUP
+        q_ptrs = q_ptr + b * stride_qb + head * stride_qh + query * stride_qt + word * 0  # one address for all lanes
+        even = tl.zeros([ROWS, WORDS], tl.float32)
+        odd = tl.zeros([ROWS, WORDS], tl.float32)
+        for start in range(0, HEAD_DIM // 2, UNROLL):
+            for i in tl.static_range(UNROLL):
+                q = tl.load(q_ptrs + i)
+                k_first = tl.load(k_ptrs + 2 * i * (TILE // 2))
+                k_second = tl.load(k_ptrs + (2 * i + 1) * (TILE // 2))
+                even = tl.fma(widen_high(q), widen_low(k_second), even)
+                odd = tl.fma(widen_high(q), widen_high(k_second), odd)
+                even = tl.fma(widen_low(q), widen_low(k_first), even)
+                odd = tl.fma(widen_low(q), widen_high(k_first), odd)
+            q_ptrs += UNROLL
+            k_ptrs += UNROLL * TILE
+        even = round16(round16(round16(even) * sm_scale) + 0.0)
+        odd = round16(round16(round16(odd) * sm_scale) + 0.0)
+        out_row = (b * num_kv_heads + kv_head).to(tl.int64) * num_rows + row
+        packed = high_half(even) | (high_half(odd) << 16)
+        tl.store(t_ptr + out_row * (key_capacity // 2) + word, packed, mask=row < num_rows)
+
+
+@triton.jit
+def softmax_kernel(
+    t_ptr,  # [rows, key_capacity] int16, scores in, p out, +0 behind the last visible key
+    e_ptr,  # [rows, key_capacity] fp32, scratch
+    flag_ptr,  # [rows] int32, 1 for a row that is NaN
+    lse_ptr,  # [B, Hq, Tq] fp32
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    num_rows, num_kv_heads, max_query_len, first_query,
+    key_capacity: tl.int64,
+    GROUP: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Turn a row of scores into probabilities. KEYS per pass, a multiple of 16 * STEPS."""
+    program = tl.program_id(0).to(tl.int64)
+    row, b, kv_head = program % num_rows, program // num_rows // num_kv_heads, program // num_rows % num_kv_heads
+    query = first_query + row // GROUP
+    visible = _visible(b, query, max_query_len, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)
+    t_row, e_row = t_ptr + program * key_capacity, e_ptr + program * key_capacity
+    lane = tl.arange(0, KEYS)
+
+    top = tl.full([KEYS], -0x80000000, tl.int32)
+    for start in range(0, visible, KEYS):
+        key = start + lane
+        bits = tl.load(t_row + key, mask=key < visible, other=0).to(tl.int32) << 16
+        top = tl.maximum(top, tl.where(key < visible, order_key(bits), -0x80000000))
+    top_key = tl.max(top, axis=0)
+    is_nan = (top_key >= INFINITY_KEY) | (top_key <= MINUS_INFINITY_KEY)
+    largest = from_order_key(top_key)
+
+    for start in range(0, visible, KEYS):
+        key = start + lane
+        bits = tl.load(t_row + key, mask=key < visible, other=0).to(tl.int32) << 16
+        e = exp_c(bits.to(tl.float32, bitcast=True) - largest)
+        tl.store(e_row + key, tl.where((key < visible) & (is_nan == 0), e, 0.0))
+    tl.debug_barrier()  # the sum reads what other threads have just written
+
+    sums = tl.zeros([16], tl.float32)
+    for start in range(0, visible, 16 * STEPS):
+        for step in tl.static_range(STEPS):
+            sums += tl.load(e_row + start + 16 * step + tl.arange(0, 16))
+    total = halve16(sums)
+    total = tl.where(total > 0.0, total, 1.0)  # a row that sees nothing, or that is NaN, divides by something
+    reciprocal = tl.div_rn(1.0, total)
+
+    for start in range(0, visible, KEYS):
+        key = start + lane
+        p = round16(tl.load(e_row + key) * reciprocal)
+        tl.store(t_row + key, high_half(p).to(tl.int16))
+    tl.store(flag_ptr + program, is_nan.to(tl.int32))
+    if HAS_LSE:
+        nan = tl.full([], 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+        lse = tl.where(is_nan, nan, largest + log_n(total))
+        lse = tl.where(visible > 0, lse, float("-inf"))
+        head = kv_head * GROUP + row % GROUP
+        tl.store(lse_ptr + (b * num_kv_heads * GROUP + head) * max_query_len + query, lse)
+
+
+@triton.jit
+def output_kernel(
+    t_ptr,  # [rows, key_capacity / 2] words of two p
+    pool_ptr,  # words; all tiles are addressed from here
+    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    partial_ptr,  # [runs, rows, D] fp32
+    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; V of the suffixes
+    stride_tile: tl.int64, layer_offset: tl.int64,  # words
+    max_blocks, block_tiles, num_rows, num_kv_heads, max_query_len, first_query, row_blocks, key_run,
+    key_capacity: tl.int64,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Chain p and V of ROWS rows and 2 * WORDS channels over one run of keys."""
+    b, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
+    kv_head, piece = tl.program_id(1) % num_kv_heads, tl.program_id(1) // num_kv_heads
+    prefix = tl.load(reader_prefix_ptr + b)
+    shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
+    keys = tl.load(prefix_len_ptr + prefix) + tl.load(suffix_len_ptr + b)
+    run_keys = _run_keys(key_run, tl.load(query_len_ptr + b), keys)
+    first_key = tl.program_id(2) * run_keys
+    first_row = block * ROWS
+    last_row = tl.minimum(first_row + ROWS, num_rows) - 1
+    most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
+    if first_key < most:
+        fewest = keys - (max_query_len - 1 - (first_query + first_row // GROUP))
+        end_key = tl.minimum(first_key + run_keys, most)
+        word = piece * WORDS + tl.arange(0, WORDS)[None, :]
+        lane = tl.minimum(word, HEAD_DIM // 2 - 1)
+        row = first_row + tl.arange(0, ROWS)[:, None]
+        real = tl.minimum(row, num_rows - 1)
+        visible = keys - (max_query_len - 1 - (first_query + real // GROUP)) + word * 0
+        p_row = (b * num_kv_heads + kv_head).to(tl.int64) * num_rows + real
+        p_ptrs = t_ptr + p_row * (key_capacity // 2) + word * 0  # one address for all lanes
+        even = tl.zeros([ROWS, WORDS], tl.float32)
+        odd = tl.zeros([ROWS, WORDS], tl.float32)
+        for tile in range(first_key // TILE, tl.cdiv(end_key, TILE)):
+            if tile < shared_tiles:
+                entry = (prefix * max_blocks + tile // block_tiles).to(tl.int64) * 2 + 1
+                offset = tl.load(table_ptr + entry) // 2 + (tile % block_tiles) * stride_tile
+                offset += layer_offset + kv_head * (HEAD_DIM * TILE // 2)
+            else:
+                offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
+            v_ptrs = pool_ptr + offset + lane
+            tile_p = p_ptrs + tile * (TILE // 2)
+            if (tile + 1) * TILE <= fewest:
+                for start in range(0, TILE // 2, UNROLL):
+                    for i in tl.static_range(UNROLL):
+                        p = tl.load(tile_p + start + i)
+                        v_first = tl.load(v_ptrs + (start + i) * HEAD_DIM)
+                        v_second = tl.load(v_ptrs + (start + i) * HEAD_DIM + HEAD_DIM // 2)
+                        even = tl.fma(widen_high(p), widen_low(v_second), even)
+                        odd = tl.fma(widen_high(p), widen_high(v_second), odd)
+                        even = tl.fma(widen_low(p), widen_low(v_first), even)
+                        odd = tl.fma(widen_low(p), widen_high(v_first), odd)
+            else:  # a key that a row does not see must not touch its chain (A7)
+                for i in range(0, tl.cdiv(tl.minimum(end_key - tile * TILE, TILE), 2)):
+                    key = tile * TILE + 2 * i
+                    p = tl.load(tile_p + i)
+                    v_first = tl.load(v_ptrs + i * HEAD_DIM)
+                    v_second = tl.load(v_ptrs + i * HEAD_DIM + HEAD_DIM // 2)
+                    sees = key + 1 < visible
+                    even = tl.where(sees, tl.fma(widen_high(p), widen_low(v_second), even), even)
+                    odd = tl.where(sees, tl.fma(widen_high(p), widen_high(v_second), odd), odd)
+                    sees = key < visible
+                    even = tl.where(sees, tl.fma(widen_low(p), widen_low(v_first), even), even)
+                    odd = tl.where(sees, tl.fma(widen_low(p), widen_high(v_first), odd), odd)
+        total_rows = (tl.num_programs(0) // row_blocks).to(tl.int64) * num_kv_heads * num_rows
+        out_row = tl.program_id(2) * total_rows + (b * num_kv_heads + kv_head).to(tl.int64) * num_rows + row
+        out_ptrs = partial_ptr + out_row * HEAD_DIM + 2 * word
+        mask = (row < num_rows) & (word < HEAD_DIM // 2)
+        tl.store(out_ptrs, even, mask=mask)
+        tl.store(out_ptrs + 1, odd, mask=mask)
+
+
+@triton.jit
+def fold_kernel(
+    partial_ptr,  # [runs, rows, D] fp32
+    flag_ptr,  # [rows] int32
+    out_ptr,  # [B, Tq, Hq, D] int16
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
+    num_rows, num_kv_heads, max_query_len, first_query, key_run,
+    total_rows: tl.int64,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add the run sums of one row, left to right, and round."""
+    program = tl.program_id(0).to(tl.int64)
+    row, b, kv_head = program % num_rows, program // num_rows // num_kv_heads, program // num_rows % num_kv_heads
+    query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
+    query_len = tl.load(query_len_ptr + b)
+    visible = _visible(b, query, max_query_len, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)
+    keys = visible + (max_query_len - 1 - query)
+    runs = tl.cdiv(visible, _run_keys(key_run, query_len, keys))
+    channel = tl.arange(0, LANES)
+    inside = channel < HEAD_DIM
+    ptrs = partial_ptr + program * HEAD_DIM + channel
+    total = tl.load(ptrs, mask=inside & (channel * 0 + runs > 0), other=0.0)
+    for run in range(1, runs):
+        total += tl.load(ptrs + run * total_rows * HEAD_DIM, mask=inside, other=0.0)
+    bits = high_half(round16(total))
+    is_nan = (total != total) | (tl.load(flag_ptr + program) != 0)
+    bits = tl.where(is_nan, 0x7FC0, bits)
+    bits = tl.where(visible > 0, bits, 0)
+    tl.store(out_ptr + b * stride_ob + query * stride_ot + head * stride_oh + channel, bits.to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _visible(b, query, max_query_len, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr):
+    """Keys that a query sees; 0 for padding."""
+    keys = tl.load(prefix_len_ptr + tl.load(reader_prefix_ptr + b)) + tl.load(suffix_len_ptr + b)
+    is_real = query >= max_query_len - tl.load(query_len_ptr + b)
+    return tl.where(is_real, tl.maximum(keys - (max_query_len - 1 - query), 0), 0).to(tl.int32)
+
+
+@triton.jit
+def _run_keys(key_run, query_len, keys):
+    """KEY_RUN of a reader; 0 is stock's rule."""
+    stock = tl.where((query_len > 1) & (keys > 1024), 1024, 512)
+    return tl.where(key_run == 0, stock, key_run).to(tl.int32)
