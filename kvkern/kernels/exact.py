@@ -5,10 +5,11 @@
     output   one chain per (row, channel, run)       a program: rows of one reader, some channels, one run of keys
     fold     run sums added left to right, RNE16     a program: rows of one reader, all channels
 
-Bits depend on q, K and V by position, sm_scale and key_run alone. A program owns whole chains, and lanes never meet, except
-in the max, which has no order, and in halve16. Two neighbouring bf16 travel in one 32-bit word: keys in a K tile, channels in
-a V tile, channels in q, keys in p. Critical paths: score, head_dim dependent fmas; softmax, keys / 16 dependent adds; output, 512
-(or 1,024) dependent fmas; fold, one add per run.
+Bits depend on q, K and V by position, sm_scale and key_run alone. A program owns whole chains, and lanes never meet,
+except in the max, which has no order, and in halve16. Two neighbouring bf16 travel in one 32-bit word: keys in a K
+tile, channels in a V tile, channels in q, keys in p. Critical paths: score, head_dim dependent fmas; softmax, keys / 16
+dependent adds; output, 512 (or 1,024) dependent fmas; fold, one add per run. No kernel divides by a number that is not
+known when it is compiled, because some targets divide integers by floating point.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def score_kernel(
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,  # words
     suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; K of the suffixes
     stride_tile: tl.int64, layer_offset: tl.int64,  # words
-    max_blocks, block_tiles, num_rows, max_query_len, first_query, row_blocks,
+    max_blocks, num_rows, max_query_len, first_query,
     key_capacity: tl.int64,
     sm_scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    WORDS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Score ROWS rows against 2 * WORDS keys."""
-    b, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
-    kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    block, b, kv_head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(reader_prefix_ptr + b)
     shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
     keys = tl.load(prefix_len_ptr + prefix) + tl.load(suffix_len_ptr + b)
@@ -61,9 +62,9 @@ def score_kernel(
         word = first_word + tl.arange(0, WORDS)[None, :]
         tile = tl.minimum(word // (TILE // 2), (keys - 1) // TILE)  # lanes past the last key read what nobody sees
         in_pool = tile < shared_tiles
-        entry = (prefix * max_blocks + tl.minimum(tile // block_tiles, max_blocks - 1)).to(tl.int64) * 2
+        entry = (prefix * max_blocks + tl.minimum(tile // BLOCK_TILES, max_blocks - 1)).to(tl.int64) * 2
         pool_offset = tl.load(table_ptr + entry, mask=in_pool, other=0) // 2
-        pool_offset += (tile % block_tiles) * stride_tile + layer_offset + kv_head * (HEAD_DIM * TILE // 2)
+        pool_offset += (tile % BLOCK_TILES) * stride_tile + layer_offset + kv_head * (HEAD_DIM * TILE // 2)
         suffix_offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
         k_ptrs = pool_ptr + tl.where(in_pool, pool_offset, suffix_offset) + word % (TILE // 2)
 
@@ -74,7 +75,7 @@ def score_kernel(
         q_ptrs = q_ptr + b * stride_qb + head * stride_qh + query * stride_qt + word * 0  # one address for all lanes
         even = tl.zeros([ROWS, WORDS], tl.float32)
         odd = tl.zeros([ROWS, WORDS], tl.float32)
-        for start in range(0, HEAD_DIM // 2, UNROLL):
+        for _ in range(0, HEAD_DIM // 2, UNROLL):
             for i in tl.static_range(UNROLL):
                 q = tl.load(q_ptrs + i)
                 k_first = tl.load(k_ptrs + 2 * i * (TILE // 2))
@@ -87,7 +88,7 @@ def score_kernel(
             k_ptrs += UNROLL * TILE
         even = round16(round16(round16(even) * sm_scale) + 0.0)
         odd = round16(round16(round16(odd) * sm_scale) + 0.0)
-        out_row = (b * num_kv_heads + kv_head).to(tl.int64) * num_rows + row
+        out_row = tl.program_id(1).to(tl.int64) * num_rows + row
         packed = high_half(even) | (high_half(odd) << 16)
         tl.store(t_ptr + out_row * (key_capacity // 2) + word, packed, mask=row < num_rows)
 
@@ -99,13 +100,13 @@ def softmax_kernel(
     flag_ptr,  # [rows] int32, 1 for a row that is NaN
     lse_ptr,  # [B, Hq, Tq] fp32
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    num_rows, num_kv_heads, max_query_len, first_query,
+    num_rows, max_query_len, first_query,
     key_capacity: tl.int64,
-    GROUP: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, HAS_LSE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Turn a row of scores into probabilities. KEYS per pass, a multiple of 16 * STEPS."""
-    program = tl.program_id(0).to(tl.int64)
-    row, b, kv_head = program % num_rows, program // num_rows // num_kv_heads, program // num_rows % num_kv_heads
+    row, b, kv_head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    program = tl.program_id(1).to(tl.int64) * num_rows + row
     query = first_query + row // GROUP
     visible = _visible(b, query, max_query_len, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)
     t_row, e_row = t_ptr + program * key_capacity, e_ptr + program * key_capacity
@@ -145,7 +146,7 @@ def softmax_kernel(
         lse = tl.where(is_nan, nan, largest + log_n(total))
         lse = tl.where(visible > 0, lse, float("-inf"))
         head = kv_head * GROUP + row % GROUP
-        tl.store(lse_ptr + (b * num_kv_heads * GROUP + head) * max_query_len + query, lse)
+        tl.store(lse_ptr + (b * KV_HEADS * GROUP + head).to(tl.int64) * max_query_len + query, lse)
 
 
 @triton.jit
@@ -157,17 +158,18 @@ def output_kernel(
     partial_ptr,  # [runs, rows, D] fp32
     suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; V of the suffixes
     stride_tile: tl.int64, layer_offset: tl.int64,  # words
-    max_blocks, block_tiles, num_rows, num_kv_heads, max_query_len, first_query, row_blocks, key_run,
-    key_capacity: tl.int64,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
+    max_blocks, num_rows, max_query_len, first_query, key_run,
+    total_rows: tl.int64, key_capacity: tl.int64,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    WORDS: tl.constexpr, PIECES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Chain p and V of ROWS rows and 2 * WORDS channels over one run of keys."""
-    b, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
-    kv_head, piece = tl.program_id(1) % num_kv_heads, tl.program_id(1) // num_kv_heads
+    block, piece, reader_head = tl.program_id(0), tl.program_id(1) % PIECES, tl.program_id(1) // PIECES
+    b, kv_head = reader_head // KV_HEADS, reader_head % KV_HEADS
     prefix = tl.load(reader_prefix_ptr + b)
     shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
     keys = tl.load(prefix_len_ptr + prefix) + tl.load(suffix_len_ptr + b)
-    run_keys = _run_keys(key_run, tl.load(query_len_ptr + b), keys)
+    run_keys = 1 << _run_shift(key_run, tl.load(query_len_ptr + b), keys)
     first_key = tl.program_id(2) * run_keys
     first_row = block * ROWS
     last_row = tl.minimum(first_row + ROWS, num_rows) - 1
@@ -180,14 +182,14 @@ def output_kernel(
         row = first_row + tl.arange(0, ROWS)[:, None]
         real = tl.minimum(row, num_rows - 1)
         visible = keys - (max_query_len - 1 - (first_query + real // GROUP)) + word * 0
-        p_row = (b * num_kv_heads + kv_head).to(tl.int64) * num_rows + real
+        p_row = reader_head.to(tl.int64) * num_rows + real
         p_ptrs = t_ptr + p_row * (key_capacity // 2) + word * 0  # one address for all lanes
         even = tl.zeros([ROWS, WORDS], tl.float32)
         odd = tl.zeros([ROWS, WORDS], tl.float32)
         for tile in range(first_key // TILE, tl.cdiv(end_key, TILE)):
             if tile < shared_tiles:
-                entry = (prefix * max_blocks + tile // block_tiles).to(tl.int64) * 2 + 1
-                offset = tl.load(table_ptr + entry) // 2 + (tile % block_tiles) * stride_tile
+                entry = (prefix * max_blocks + tile // BLOCK_TILES).to(tl.int64) * 2 + 1
+                offset = tl.load(table_ptr + entry) // 2 + (tile % BLOCK_TILES) * stride_tile
                 offset += layer_offset + kv_head * (HEAD_DIM * TILE // 2)
             else:
                 offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
@@ -215,8 +217,7 @@ def output_kernel(
                     sees = key < visible
                     even = tl.where(sees, tl.fma(widen_low(p), widen_low(v_first), even), even)
                     odd = tl.where(sees, tl.fma(widen_low(p), widen_high(v_first), odd), odd)
-        total_rows = (tl.num_programs(0) // row_blocks).to(tl.int64) * num_kv_heads * num_rows
-        out_row = tl.program_id(2) * total_rows + (b * num_kv_heads + kv_head).to(tl.int64) * num_rows + row
+        out_row = tl.program_id(2) * total_rows + reader_head.to(tl.int64) * num_rows + row
         out_ptrs = partial_ptr + out_row * HEAD_DIM + 2 * word
         mask = (row < num_rows) & (word < HEAD_DIM // 2)
         tl.store(out_ptrs, even, mask=mask)
@@ -230,18 +231,19 @@ def fold_kernel(
     out_ptr,  # [B, Tq, Hq, D] int16
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
     stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
-    num_rows, num_kv_heads, max_query_len, first_query, key_run,
+    num_rows, max_query_len, first_query, key_run,
     total_rows: tl.int64,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Add the run sums of one row, left to right, and round."""
-    program = tl.program_id(0).to(tl.int64)
-    row, b, kv_head = program % num_rows, program // num_rows // num_kv_heads, program // num_rows % num_kv_heads
+    row, b, kv_head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    program = tl.program_id(1).to(tl.int64) * num_rows + row
     query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
     query_len = tl.load(query_len_ptr + b)
     visible = _visible(b, query, max_query_len, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)
     keys = visible + (max_query_len - 1 - query)
-    runs = tl.cdiv(visible, _run_keys(key_run, query_len, keys))
+    shift = _run_shift(key_run, query_len, keys)
+    runs = (visible + (1 << shift) - 1) >> shift
     channel = tl.arange(0, LANES)
     inside = channel < HEAD_DIM
     ptrs = partial_ptr + program * HEAD_DIM + channel
@@ -264,7 +266,7 @@ def _visible(b, query, max_query_len, prefix_len_ptr, reader_prefix_ptr, suffix_
 
 
 @triton.jit
-def _run_keys(key_run, query_len, keys):
-    """KEY_RUN of a reader; 0 is stock's rule."""
-    stock = tl.where((query_len > 1) & (keys > 1024), 1024, 512)
-    return tl.where(key_run == 0, stock, key_run).to(tl.int32)
+def _run_shift(key_run, query_len, keys):
+    """Binary logarithm of a reader's KEY_RUN, 512 or 1024; 0 is stock's rule."""
+    is_long = (key_run == 1024) | ((key_run == 0) & (query_len > 1) & (keys > 1024))
+    return tl.where(is_long, 10, 9).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Launch configurations: frozen, one JSON file per architecture, looked up and never tuned at run time. No bit depends on them."""
+"""Launch configurations: frozen, one JSON file per architecture, never tuned at run time. No bit depends on them."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ class ExactConfig:
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""
         return math.gcd(self.score_unroll, head_dim // 2)
+
+    def output_words_for(self, head_dim: int) -> int:
+        """Words of an output program: no more than a row of V has, rounded up to a power of two."""
+        return min(self.output_words, 1 << (head_dim // 2 - 1).bit_length())
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Contract arithmetic for Triton: widening, rounding by integers, exp_c, log, order keys, strict sums.
 
-Every operation here is one IEEE operation or integer work, so that a launch with `enable_fp_fusion=False` has the bits of
-csrc_ref/arith.h by construction. Nothing here may call `tl.exp`, `tl.dot`, `/` or a cast to bf16.
+Every operation here is one IEEE operation or integer work, so that a launch with `enable_fp_fusion=False` has the bits
+of csrc_ref/arith.h by construction. Nothing here may call `tl.exp`, `tl.dot`, `/` or a cast to bf16.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The door to the Triton kernels: scratch, launches, architecture. Allocates nothing, validates nothing, never synchronises."""
+"""The door to the Triton kernels: scratch and launches. Allocates nothing, validates nothing, never synchronises."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -100,11 +101,10 @@ def attend(
     scratch: Tensor,
     config: ExactConfig | None = None,
 ) -> None:
-    """Attend under contract part A; arguments as in `native.attend`.
+    """Attend under contract part A; arguments as in `native.attend`, and two more.
 
-    Args:
-        scratch: uint8; Tq is split so that each slice fits. One query position of all readers must fit.
-        config: another launch configuration; no bit depends on it.
+    `scratch`, uint8: Tq is split so that each slice fits; one query position of all readers must fit. `config`: another
+    launch configuration; no bit depends on it.
     """
     config = config or config_for(q.device)
     batch, num_q_heads, max_query_len, head_dim = q.shape
@@ -114,47 +114,51 @@ def attend(
     if batch == 0 or max_query_len == 0:
         return
     slice_len = max_query_len
-    while slice_len > 1 and scratch_layout(position_rows * slice_len, head_dim, tile_capacity, config).nbytes > len(scratch):
+    need = partial(scratch_layout, head_dim=head_dim, tile_capacity=tile_capacity, config=config)
+    while slice_len > 1 and need(position_rows * slice_len).nbytes > scratch.numel():
         slice_len = -(-slice_len // 2)
     lengths = (prefix_len, reader_prefix, suffix_len, query_len)
     words = pool.view(torch.int32)
     q_words, base = q.view(torch.int32), pool.data_ptr()
     suffix_strides = [stride // 2 for stride in suffix_k.stride()[:3]]
-    place = (stride_tile // 2, layer_offset // 2, block_table.shape[1], block_tiles)
-    meta = {"GROUP": group, "HEAD_DIM": head_dim, "enable_fp_fusion": False}
+    place = (stride_tile // 2, layer_offset // 2, block_table.shape[1])
+    strict = {"enable_fp_fusion": False}
+    heads = {"KV_HEADS": num_kv_heads, "GROUP": group, **strict}
+    tiles = {**heads, "HEAD_DIM": head_dim, "BLOCK_TILES": block_tiles}
     for first_query in range(0, max_query_len, slice_len):
         queries = min(slice_len, max_query_len - first_query)
         num_rows, total_rows = group * queries, position_rows * queries
-        layout = scratch_layout(total_rows, head_dim, tile_capacity, config)
-        t, e, partial, flag = (scratch[start:] for start in (layout.t, layout.e, layout.partial, layout.flag))
+        layout = need(total_rows)
+        t, e, run_sums, flag = (scratch[start:] for start in (layout.t, layout.e, layout.partial, layout.flag))
         t16, t32, e = t.view(torch.int16), t.view(torch.int32), e.view(torch.float32)
-        partial, flag = partial.view(torch.float32), flag.view(torch.int32)
+        run_sums, flag = run_sums.view(torch.float32), flag.view(torch.int32)
         rows = config.rows_for(num_rows)
         row_blocks = -(-num_rows // rows)
-        exact.score_kernel[(batch * row_blocks, num_kv_heads, layout.key_capacity // (2 * config.score_words))](
+        exact.score_kernel[(row_blocks, batch * num_kv_heads, layout.key_capacity // (2 * config.score_words))](
             q_words, words, block_table, *lengths, t32,
             *(stride // 2 for stride in q.stride()[:3]), (suffix_k.data_ptr() - base) // 4, *suffix_strides, *place,
-            num_rows, max_query_len, first_query, row_blocks, layout.key_capacity, sm_scale,
+            num_rows, max_query_len, first_query, layout.key_capacity, sm_scale,
             ROWS=rows, WORDS=config.score_words, UNROLL=config.score_unroll_for(head_dim),
-            num_warps=config.score_warps, **meta,
+            num_warps=config.score_warps, **tiles,
         )  # fmt: skip
-        exact.softmax_kernel[(total_rows,)](
+        exact.softmax_kernel[(num_rows, batch * num_kv_heads)](
             t16, e, flag, flag if lse is None else lse, *lengths,
-            num_rows, num_kv_heads, max_query_len, first_query, layout.key_capacity,
-            GROUP=group, KEYS=config.softmax_keys, STEPS=config.softmax_steps, HAS_LSE=lse is not None,
-            num_warps=config.softmax_warps, enable_fp_fusion=False,
+            num_rows, max_query_len, first_query, layout.key_capacity,
+            KEYS=config.softmax_keys, STEPS=config.softmax_steps, HAS_LSE=lse is not None,
+            num_warps=config.softmax_warps, **heads,
         )  # fmt: skip
-        output_words = min(config.output_words, 1 << (head_dim // 2 - 1).bit_length())
+        output_words = config.output_words_for(head_dim)
         pieces = -(-head_dim // 2 // output_words)
-        exact.output_kernel[(batch * row_blocks, num_kv_heads * pieces, layout.runs)](
-            t32, words, block_table, *lengths, partial,
+        exact.output_kernel[(row_blocks, batch * num_kv_heads * pieces, layout.runs)](
+            t32, words, block_table, *lengths, run_sums,
             (suffix_v.data_ptr() - base) // 4, *suffix_strides, *place,
-            num_rows, num_kv_heads, max_query_len, first_query, row_blocks, key_run, layout.key_capacity,
-            ROWS=rows, WORDS=output_words, UNROLL=config.output_unroll, num_warps=config.output_warps, **meta,
+            num_rows, max_query_len, first_query, key_run, total_rows, layout.key_capacity,
+            ROWS=rows, WORDS=output_words, PIECES=pieces, UNROLL=config.output_unroll,
+            num_warps=config.output_warps, **tiles,
         )  # fmt: skip
-        exact.fold_kernel[(total_rows,)](
-            partial, flag, out.view(torch.int16), *lengths,
+        exact.fold_kernel[(num_rows, batch * num_kv_heads)](
+            run_sums, flag, out.view(torch.int16), *lengths,
             out.stride(0), out.stride(1), out.stride(2),
-            num_rows, num_kv_heads, max_query_len, first_query, key_run, total_rows,
-            LANES=1 << (head_dim - 1).bit_length(), num_warps=config.fold_warps, **meta,
+            num_rows, max_query_len, first_query, key_run, total_rows,
+            HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), num_warps=config.fold_warps, **heads,
         )  # fmt: skip

@@ -1,0 +1,60 @@
+"""The allow-list of the numeric contract: what an exact kernel's code may hold."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.gate.compiler import Compiled
+
+_OPCODE = re.compile(r"^\s*(?:@%?!?\w+\s+)?([a-z][a-z0-9_]*(?:\.[a-z0-9_:]+)*)\s", re.MULTILINE)
+# fp32 arithmetic that PTX may name; anything else that touches f16, bf16, f32 or f64 is refused.
+_ALLOWED_PTX = (
+    "add.rn.f32", "sub.rn.f32", "mul.rn.f32", "fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "max.f32", "min.f32",
+    "neg.f32", "abs.f32", "cvt.rzi.s32.f32", "cvt.rn.f32.s32", "fma.rn.f32x2", "add.rn.f32x2", "mul.rn.f32x2",
+)  # fmt: skip
+_FORBIDDEN_PTX = ("approx", ".ftz", "div.full", "mma", "tcgen05", "ex2", "lg2", "rcp", "rsqrt", "sin.", "cos.", "tanh")
+_FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nnan", "ninf", "nsz")
+_FDIV_FMAS = 5
+"""Fused multiply-adds that AMD's expansion of one IEEE division holds."""
+
+
+def violations(compiled: Compiled) -> list[str]:
+    """Name everything in an exact kernel that could change a bit."""
+    return _in_ptx(compiled.asm) if "ptx" in compiled.asm else _in_amd(compiled.asm)
+
+
+def _in_ptx(asm: dict[str, str]) -> list[str]:
+    found = []
+    opcodes = _OPCODE.findall(asm["ptx"])
+    for opcode in sorted(set(opcodes)):
+        words = opcode.split(".")
+        is_float = any(word in ("f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64", "tf32") for word in words)
+        compares = words[0] in ("setp", "set")
+        moves = words[0] in ("ld", "st", "mov", "shfl", "selp")
+        if any(bad in opcode for bad in _FORBIDDEN_PTX):
+            found.append(f"{opcode}: forbidden")
+        elif is_float and not compares and not moves and opcode not in _ALLOWED_PTX:
+            found.append(f"{opcode}: not on the allow-list")
+    asked = sum(int(width or 1) for width in re.findall(r"call [^\n]*@llvm\.fma\.(?:v(\d+))?f32\(", asm["llir"]))
+    made = opcodes.count("fma.rn.f32") + 2 * opcodes.count("fma.rn.f32x2")
+    if made != asked:
+        found.append(f"fma.rn.f32: {made} in the code, {asked} in the source")
+    return found
+
+
+def _in_amd(asm: dict[str, str]) -> list[str]:
+    llir, code = asm["llir"], asm["amdgcn"]
+    found = [f"{flag}: a fast-math flag" for flag in _FLAGS if re.search(rf"= (?:f\w+|call) (?:\w+ )*{flag} ", llir)]
+    modes = set(re.findall(r'"denormal-fp-math(?:-f32)?"="([^"]*)"', llir))
+    if modes - {"ieee", "ieee,ieee"}:
+        found.append(f"denormal mode: {sorted(modes)}, IEEE is required")
+    asked = len(re.findall(r"call [^\n]*@llvm\.fma\.(?:v\d+)?f32\(", llir))
+    divisions = len(re.findall(r"\bfdiv\b", llir))
+    made = len(re.findall(r"^\s+v_(?:pk_)?fma(?:c|mk|ak)?_f32", code, re.MULTILINE))
+    if made != asked + _FDIV_FMAS * divisions:
+        found.append(f"fma: {made} in the code, {asked} in the source and {divisions} divisions of {_FDIV_FMAS}")
+    found += [f"{op}: forbidden" for op in sorted(set(re.findall(r"v_(?:exp|log|rcp|rsq|sin|cos|mfma)\w*", code)))
+              if not (op.startswith("v_rcp") and divisions)]  # fmt: skip
+    return found
