@@ -38,6 +38,9 @@ class AccessError(LayoutError, OSError):
     def __str__(self) -> str:
         return self.strerror
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
 
 class UnsupportedError(KvkernError):
     """The request is well-formed, but outside what kvkern computes."""
@@ -59,6 +62,19 @@ class SpecMismatchError(KvkernError):
             f"{wanted!r}. Open it with the model that published it, or publish it again with this one."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[Exception], arguments: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    """Unpickle an error whose constructor takes other arguments than Exception keeps."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, *arguments)
+    if isinstance(error, OSError):
+        OSError.__init__(error, *arguments)
+    error.__dict__.update(state)
+    return error
+
 
 def _remedy(error: OSError) -> str:
     import errno
@@ -72,5 +88,7 @@ def _remedy(error: OSError) -> str:
         errno.EACCES: "Ask for permission to this path, then try again.",
         errno.EPERM: "Ask for permission to this path, then try again.",
         errno.EIO: "The device failed to read or write; the file was left in place, try again.",
+        errno.ENOMEM: "The system gave no memory, or no more mappings (sysctl vm.max_map_count); then try again.",
+        errno.EWOULDBLOCK: "Another process holds the store's lock; try again.",
         errno.EXDEV: "The store's folders must lie on one file system.",
     }.get(error.errno or 0, "The file was left in place; try again.")

@@ -55,8 +55,9 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+            known: set[str] = set()
+            twice = next(key for key, _ in pairs if key in known or known.add(key))
+            raise ValueError(f"duplicate key {twice[:80]!r}")
         return seen
 
     def refuse(constant: str) -> NoReturn:

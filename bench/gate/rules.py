@@ -13,9 +13,10 @@ _OPCODE = re.compile(r"^\s*(?:@%?!?\w+\s+)?([a-z][a-z0-9_]*(?:\.[a-z0-9_:]+)*)\s
 _ALLOWED_PTX = (
     "add.rn.f32", "sub.rn.f32", "mul.rn.f32", "fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "max.f32", "min.f32",
     "neg.f32", "abs.f32", "cvt.rzi.s32.f32", "cvt.rn.f32.s32", "fma.rn.f32x2", "add.rn.f32x2", "mul.rn.f32x2",
+    "sub.rn.f32x2",
 )  # fmt: skip
 _FORBIDDEN_PTX = ("approx", ".ftz", "div.full", "mma", "tcgen05", "ex2", "lg2", "rcp", "rsqrt", "sin.", "cos.", "tanh")
-_FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nnan", "ninf", "nsz")
+_FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nsz")  # nnan and ninf are facts that LLVM infers
 _FDIV_FMAS = 5
 """Fused multiply-adds that AMD's expansion of one IEEE division holds."""
 

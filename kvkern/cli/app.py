@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import kvkern
-from kvkern.cli.view import Format
+from kvkern.cli.view import Format, printable
 from kvkern.errors import IntegrityError, KvkernError, LayoutError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 def complain(text: str) -> None:
     """Say something on stderr."""
-    typer.echo(f"kvkern: {text}", err=True)
+    typer.echo(f"kvkern: {printable(text)}", err=True)
 
 
 app = typer.Typer(

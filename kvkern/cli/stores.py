@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +22,7 @@ from kvkern.cli.app import (
 )
 from kvkern.cli.view import Format, counted, fields, flat, print_result, progress_bar, sized, table
 from kvkern.errors import LayoutError
+from kvkern.spec import parse_json
 
 if TYPE_CHECKING:
     from kvkern.layout import BlockStore
@@ -63,7 +63,7 @@ def inspect(
 
     Example: kvkern inspect 3f9a2c71
     """
-    if Path(what).is_file():
+    if _is_file(what):
         data = _shard(Path(what))
         headers, rows = ("tensor", "dtype", "shape", "bytes>"), data["tensors"]
         rest = {name: value for name, value in data.items() if name != "tensors"}
@@ -100,7 +100,7 @@ def _shard(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["kvkern"])
+            metadata = parse_json((file.metadata() or {})["kvkern"].encode(), f"{path}: __metadata__.kvkern")
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 a safe_open has no __iter__
             tensors = [(name, s.get_dtype(), s.get_shape(), file.get_tensor(name).nbytes) for name, s in slices.items()]
     except (SafetensorError, KeyError, ValueError) as error:
@@ -113,7 +113,7 @@ def _shard(path: Path) -> dict[str, Any]:
         "path": str(path),
         "sha256": block_id,
         "is_named_by_sha256": path.stem == block_id,
-        **metadata,
+        **{name: metadata.get(name) for name in ("format", "spec", "first", "count")},
         "payload_offset": 8 + header_bytes,
         "tensors": [dict(zip(("name", "dtype", "shape", "bytes"), tensor, strict=True)) for tensor in tensors],
     }
@@ -205,13 +205,25 @@ def why(
     print_result(output, data, table(headers, rows) if rows else "no documents")
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or not one
+        return False
+
+
 def _token_ids(text: str) -> list[int]:
     """Read ids from the argument itself, from the file of that name, or from stdin."""
-    if text == "-" or Path(text).is_file():
-        from kvkern.cli.loading import read_text
 
-        text = read_text(text)
+    def parsed(words: str) -> list[int]:
+        return [int(word) for word in words.replace(",", " ").replace("[", " ").replace("]", " ").split()]
+
     try:
-        return [int(word) for word in text.replace(",", " ").replace("[", " ").replace("]", " ").split()]
+        is_inline = text != "-" and not _is_file(text)
+        if not is_inline:
+            from kvkern.cli.loading import read_text
+
+            text = read_text(text)
+        return parsed(text)
     except ValueError as error:
         raise LayoutError(f"TOKENS: {error}; give integers with commas or spaces between, or a file of them") from None

@@ -68,8 +68,13 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     for header in headers:
         grid.add_column(header.rstrip(">"), justify="right" if header.endswith(">") else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(f"{cell:,}" if type(cell) is int else str(cell)) for cell in row))
+        grid.add_row(*(Text(f"{cell:,}" if type(cell) is int else printable(str(cell))) for cell in row))
     return grid
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey or could not encode: names in a store are other people's."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def fields(values: Mapping[str, Any]) -> Table:

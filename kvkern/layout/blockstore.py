@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import replace
@@ -12,12 +13,13 @@ from kvkern.layout.collect import collect
 from kvkern.layout.directory import Directory
 from kvkern.layout.files import accessing, make_folder, sync_folder
 from kvkern.layout.index import chain_keys, common_tokens, token_tensor
-from kvkern.layout.leases import Leases
+from kvkern.layout.leases import Holder, Leases
 from kvkern.layout.pool import Document
 from kvkern.layout.publish import publish
-from kvkern.layout.reading import check_documents, map_blocks, read_manifest
+from kvkern.layout.reading import RemovedError, check_documents, map_blocks, read_manifest
 from kvkern.layout.records import Collected, Defect, Explanation, Published, Report, Summary
 from kvkern.layout.search import Search
+from kvkern.spec import KVSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from kvkern.layout.manifest import Manifest
     from kvkern.layout.parallel import Progress
-    from kvkern.spec import KVSpec
 
 GRACE_S = 3600.0
 """How long gc leaves alone what has just been written, removed or set aside, in seconds."""
@@ -61,7 +62,7 @@ class BlockStore:
         self.directory = Directory(root)
         self.root = self.directory.root
         self._leases = Leases(self.directory)
-        self._search = Search(self.directory)
+        self._search = Search(self.directory, self._leases)
 
     def put(
         self,
@@ -85,6 +86,7 @@ class BlockStore:
             LayoutError: an argument does not have this form, does not fit `spec`, or is not finite.
             AccessError: the file system refused; nothing is visible then, and `put` may be repeated.
         """
+        _require_spec(spec)
         ids = token_tensor(token_ids)
         done, manifest = publish(self.directory, spec, ids, k, v, progress)
         self._search.write(manifest, chain_keys(spec.digest, ids))
@@ -104,7 +106,7 @@ class BlockStore:
             SpecMismatchError: a block belongs to another spec than the manifest.
         """
         digest = self.resolve(digest)
-        holder = _Holder()
+        holder = Holder()
         self._leases.hold(holder, digest)  # before anything is read: gc sees either the lease or the document
         manifest = read_manifest(self.directory, digest)
         return Document(manifest, tuple(map_blocks(self.directory, manifest, verify, progress)), holder)
@@ -194,6 +196,8 @@ class BlockStore:
         Raises:
             LayoutError: `token_ids` does not have this form.
         """
+        if spec is not None:
+            _require_spec(spec)
         return self._search.why(token_ids, spec, ignore)
 
     def ls(self) -> list[Summary]:
@@ -213,7 +217,8 @@ class BlockStore:
     def verify(self, digest: str | None = None, progress: Progress | None = None) -> Report:
         """Read every byte of one document, or of all, through SHA-256 and collect all defects.
 
-        Files whose bytes are proven wrong move to quarantine.
+        Files whose bytes are proven wrong move to quarantine. What the system fails to read proves nothing and is an
+        AccessError.
 
         Args:
             digest: the document, or None for all.
@@ -222,11 +227,17 @@ class BlockStore:
         Raises:
             LayoutError: unknown or ambiguous digest.
         """
+        holder = Holder()
         if digest is not None:
-            return check_documents(self.directory, [self.resolve(digest)], progress)
+            digest = self.resolve(digest)
+            self._leases.hold(holder, digest)
+            return check_documents(self.directory, [digest], progress)
         advice = "manifest: damaged; publish the document again, or delete this file to give it up"
         lost = [Defect(name, path, f"{path}: {advice}") for name, path in self.directory.lost().items()]
-        report = check_documents(self.directory, self.directory.digests(), progress)
+        digests = self.directory.digests()
+        for name in digests:
+            self._leases.hold(holder, name)
+        report = check_documents(self.directory, digests, progress)
         return replace(report, defects=(*lost, *report.defects))
 
     def remove(self, digest: str) -> str:
@@ -247,8 +258,11 @@ class BlockStore:
         path, target = self.manifest_path(full), self.root / "removed" / f"{full}.json"
         with self.directory.lock(exclusive=False), accessing(path, "remove"):
             make_folder(target.parent)
-            os.utime(path)  # gc counts the grace period from here
-            os.replace(path, target)
+            try:
+                os.utime(path)  # gc counts the grace period from here
+                os.replace(path, target)
+            except FileNotFoundError:
+                raise RemovedError(f"{path}: file: the document has just been removed") from None
         sync_folder(target.parent)
         sync_folder(path.parent)
         return full
@@ -264,8 +278,8 @@ class BlockStore:
         Raises:
             KvkernError: what the documents need cannot be told; then nothing has been done.
         """
-        if grace_s < 0:
-            raise LayoutError(f"grace_s must be at least 0 seconds, got {grace_s}")
+        if not isinstance(grace_s, (int, float)) or not 0 <= grace_s < math.inf:
+            raise LayoutError(f"grace_s must be at least 0 seconds, got {grace_s!r}")
         return collect(self.directory, grace_s=grace_s, dry_run=dry_run)
 
     def block_path(self, block_id: str) -> Path:
@@ -277,5 +291,6 @@ class BlockStore:
         return self.directory.manifest_path(digest)
 
 
-class _Holder:
-    """What a lease lives as long as."""
+def _require_spec(spec: object) -> None:
+    if not isinstance(spec, KVSpec):
+        raise LayoutError(f"spec must be a KVSpec, got {type(spec).__name__}")

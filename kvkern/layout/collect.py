@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import stat
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvkern.errors import KvkernError, LayoutError
-from kvkern.layout.files import TEMPORARY, accessing, is_being_written, make_folder, read_regular
+from kvkern.errors import AccessError, KvkernError, LayoutError
+from kvkern.layout.directory import FOLDERS
+from kvkern.layout.files import (
+    TEMPORARY,
+    accessing,
+    is_being_written,
+    make_folder,
+    open_regular,
+    read_regular,
+    sha256_of,
+)
 from kvkern.layout.leases import live_leases
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.records import Collected
@@ -75,6 +86,9 @@ class _Plan:
     def mark(self) -> None:
         """Find out which blocks the documents need, or refuse to guess."""
         published = self.directory.digests()
+        linked = [name for name in FOLDERS if os.path.islink(self.directory.root / name)]
+        if linked:
+            raise LayoutError(f"{self.directory.root}/{linked[0]}: file type: gc works in no folder that is a link")
         if self._block_folders() and not os.path.isdir(self.directory.root / "manifests"):
             raise LayoutError(
                 f"{self.directory.root}/manifests: folder: missing, though there are blocks, so what they belong to is "
@@ -107,12 +121,15 @@ class _Plan:
         """Second phase: what an earlier run has set aside goes, or goes back."""
         for path in self._paths("condemned"):
             block_id = path.name.removesuffix(_SUFFIX)
+            if not is_digest(block_id):
+                continue
             is_back = os.path.lexists(self.directory.block_path(block_id))  # published again meanwhile
             if block_id in self.needed and not is_back:
                 self.restore.append(path)
             elif self._is_old(path):
                 self.delete_blocks.append(path)
-                self.freed_bytes += os.lstat(path).st_size
+                with accessing(path, "stat"):
+                    self.freed_bytes += os.lstat(path).st_size
 
     def blocks(self) -> None:
         """First phase: blocks that nothing needs."""
@@ -126,13 +143,17 @@ class _Plan:
         """Find temporary files of publishers that were killed."""
         for folder in (".", "manifests", "index", *self._block_folders()):
             for path in self._paths(folder):
-                if path.name.startswith(TEMPORARY) and self._is_old(path) and not is_being_written(path):
+                if not path.name.startswith(TEMPORARY) or not self._is_old(path):
+                    continue
+                if not is_being_written(path, self._age_s(path)):
                     self.delete_others.append(path)
 
     def carry_out(self) -> None:
         """Change the store; folders are not synced, because a change that is lost is made again by the next run."""
         for path in self.restore:
-            _move(path, self.directory.block_path(path.name.removesuffix(_SUFFIX)))
+            block_id = path.name.removesuffix(_SUFFIX)
+            is_whole = _sha256(path) == block_id
+            _move(path, self.directory.block_path(block_id) if is_whole else self._quarantine(path))
         for path in [*self.delete_others, *self.delete_blocks]:
             with accessing(path, "delete"):
                 path.unlink(missing_ok=True)
@@ -155,16 +176,21 @@ class _Plan:
             bytes_freed=self.freed_bytes,
         )
 
+    def _quarantine(self, path: Path) -> Path:
+        return self.directory.root / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
+
     def _manifest(self, path: Path, digest: str) -> Manifest:
         try:
-            return Manifest.from_bytes(read_regular(path, "a manifest", MAX_MANIFEST_BYTES)[0], digest)
+            return Manifest.from_bytes(read_regular(path, "a manifest", MAX_MANIFEST_BYTES), digest)
         except FileNotFoundError:
             raise LayoutError(f"{path}: file: it has just gone; run gc again") from None
         except KvkernError as error:
-            if str(path) in str(error):
+            if isinstance(error, AccessError):
                 raise
-            error.args = (f"{path}: {error} Nothing is collected while a manifest cannot be read.",)
-            raise
+            remedy = "Delete it" if path.parent.name == "removed" else "Publish the document again, or remove it"
+            raise type(error)(
+                f"{path}: {error} Nothing is collected while a manifest cannot be read. {remedy}."
+            ) from None
 
     def _block_folders(self) -> list[str]:
         return [f"blocks/{name}" for name in self.directory.names("blocks") if re.fullmatch(r"[0-9a-f]{2}", name)]
@@ -173,12 +199,27 @@ class _Plan:
         names = self.directory.names(folder)
         return (self.directory.root / folder / name for name in names)
 
-    def _is_old(self, path: Path) -> bool:
+    def _age_s(self, path: Path) -> float:
+        """Seconds since a regular file was last touched; -1 for what is gone, or is something else: leave it alone."""
         try:
             info = os.lstat(path)
         except FileNotFoundError:
-            return False
-        return self.now - max(info.st_mtime, info.st_ctime) >= self.grace_s
+            return -1.0
+        except OSError as error:
+            raise AccessError(path, "stat", error) from None
+        return max(0.0, self.now - max(info.st_mtime, info.st_ctime)) if stat.S_ISREG(info.st_mode) else -1.0
+
+    def _is_old(self, path: Path) -> bool:
+        return self._age_s(path) >= self.grace_s
+
+
+def _sha256(path: Path) -> str:
+    fd, _ = open_regular(path, "a block")
+    try:
+        with accessing(path, "read"):
+            return sha256_of(fd)
+    finally:
+        os.close(fd)
 
 
 def _move(source: Path, target: Path) -> None:

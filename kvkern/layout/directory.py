@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, LayoutError
-from kvkern.layout.files import TEMPORARY, accessing, locked, make_folder, read_regular, write_atomically
+from kvkern.layout.files import (
+    TEMPORARY,
+    accessing,
+    locked,
+    make_folder,
+    open_regular,
+    read_regular,
+    sha256_of,
+    sync_folder,
+    write_atomically,
+)
 from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
@@ -37,7 +47,12 @@ class Directory:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Open the store, or make an empty one; a store that is there is not written to."""
-        self.root = Path(root)
+        try:
+            self.root = Path(root).absolute()
+        except TypeError:
+            raise LayoutError(f"root must be the path of a directory, got {root!r}") from None
+        if "\0" in str(self.root):
+            raise LayoutError(f"root must be the path of a directory, got {root!r}")
         with accessing(self.root, "create"):
             self.root.mkdir(parents=True, exist_ok=True)
         self._check_marker()
@@ -95,53 +110,80 @@ class Directory:
         raise LayoutError(f"digest {prefix} is not in {self.root}: {listing}")
 
     @contextmanager
-    def lock(self, *, exclusive: bool) -> Iterator[bool]:
-        """Hold the store's lock: a publisher's last step shares it, gc and quarantine hold it alone.
+    def lock(self, *, exclusive: bool, wait: bool = True) -> Iterator[bool]:
+        """Hold the store's lock: a publisher's writes share it, gc and quarantine hold it alone.
 
         Yields:
             False where the file system knows no locks.
+
+        Raises:
+            AccessError: it cannot be had, or not at once if `wait` is False.
         """
-        with locked(self.root / "lock", exclusive=exclusive) as held:
+        with locked(self.root / "lock", exclusive=exclusive, wait=wait) as held:
             yield held
 
-    def quarantine(self, damaged: DamagedFile) -> str:
+    def quarantine(self, damaged: DamagedFile, *, wait: bool) -> str:
         """Take a file that is proven wrong out of readers' way, without deleting it.
 
-        Nothing happens when another file has taken its place meanwhile.
+        It is read whole again first, alone with it: the file that was read may have been replaced or healed.
+
+        Args:
+            damaged: names the file and what it should be.
+            wait: for others that hold the store's lock.
 
         Returns:
             What was done, in words that end an error message.
+
+        Raises:
+            AccessError: it cannot be moved.
         """
-        name = f"{damaged.path.name}.{secrets.token_hex(4)}"
+        path, name = damaged.path, f"{damaged.path.name}.{secrets.token_hex(4)}"
         target = self.root / "quarantine" / name
-        try:
-            with self.lock(exclusive=True), accessing(damaged.path, "move to quarantine"):
-                if _identity(damaged.path) != damaged.identity:
-                    return "The file has been replaced meanwhile: try again."
+        with self.lock(exclusive=True, wait=wait), accessing(path, "move to quarantine"):
+            try:
+                fd, info = open_regular(path, "a file of the store")
+            except FileNotFoundError:
+                return "It is gone meanwhile: try again."
+            try:
+                if sha256_of(fd) == damaged.digest:
+                    return "It has been replaced meanwhile: try again."
                 make_folder(target.parent)
-                os.rename(damaged.path, target)
-                if _identity(target) != damaged.identity:  # replaced between the two calls: a good file goes back
-                    os.rename(target, damaged.path)
-                    return "The file has been replaced meanwhile: try again."
-        except AccessError as error:
-            return f"It could not be moved to quarantine ({error.strerror}) and stays refused."
-        return f"It was moved to quarantine/{name}. Publish its document again, or copy the file from another store."
+                os.rename(path, target)
+                if not os.path.samestat(info, os.lstat(target)):  # replaced between reading and moving: it goes back
+                    os.rename(target, path)
+                    return "It has been replaced meanwhile: try again."
+            finally:
+                os.close(fd)
+        return (
+            f"It was moved to quarantine/{name}. Publish its document again, or copy the file from another store under "
+            f"a name that begins with {TEMPORARY} and rename it."
+        )
 
     def lost(self) -> dict[str, Path]:
-        """Documents whose manifest is in quarantine and that nobody has published again, with that file."""
-        files = {name[:64]: self.root / "quarantine" / name for name in self.names("quarantine") if ".json." in name}
-        published = set(self.digests()) if files else set()
-        return {digest: path for digest, path in files.items() if is_digest(digest) and digest not in published}
+        """Documents whose manifest is in quarantine and that nobody has published again since, with that file."""
+        names = [name for name in self.names("quarantine") if re.fullmatch(r"[0-9a-f]{64}\.json\.[0-9a-f]+", name)]
+        files = {name[:64]: self.root / "quarantine" / name for name in names}
+        return {digest: path for digest, path in files.items() if not os.path.lexists(self.manifest_path(digest))}
+
+    def mark_healed(self, digest: str) -> None:
+        """Rename quarantined manifests of a document that is published again: it is no longer lost."""
+        for name in self.names("quarantine"):
+            if re.fullmatch(rf"{digest}\.json\.[0-9a-f]+", name):
+                path = self.root / "quarantine" / name
+                with accessing(path, "rename"):
+                    os.rename(path, path.with_name(f"{name}.healed"))
 
     def _check_marker(self) -> None:
         marker = self.root / "format"
         try:
-            data, _ = read_regular(marker, "the store's format marker", _MARKER_LIMIT_BYTES)
+            data = read_regular(marker, "the store's format marker", _MARKER_LIMIT_BYTES)
         except FileNotFoundError:
             strange = {n for n in self.names(".") if not n.startswith(TEMPORARY)} - {"format", "lock", *FOLDERS}
             if strange:
                 raise LayoutError(f"{self.root}: not a kvkern store; give a new or an empty directory") from None
             write_atomically(marker, FORMAT.encode())
+            sync_folder(self.root)
+            sync_folder(self.root.parent)
             return
         found = data.decode(errors="replace").strip()
         if found == FORMAT:
@@ -156,11 +198,3 @@ class Directory:
             write_atomically(marker, FORMAT.encode())
         except AccessError as error:
             warnings.warn(f"{marker}: could not be rebuilt ({error.strerror}); ignored", stacklevel=4)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return info.st_dev, info.st_ino

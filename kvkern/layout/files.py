@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvkern.errors import AccessError, IntegrityError, LayoutError
 
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 TEMPORARY = ".tmp-"
 """How the name of an unfinished file begins."""
 
-Identity = tuple[int, int]
-"""Device and inode: which file it is, whatever its name has become."""
-
 _STEP_BYTES = 1 << 20
+_DAY_S = 86400.0
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -32,12 +31,15 @@ class DamagedFile(IntegrityError):
 
     Attributes:
         path: the name under which it was read.
-        identity: which file it was.
+        digest: the SHA-256 that its name promises, 64 hex digits.
     """
 
-    def __init__(self, message: str, path: Path, identity: Identity) -> None:
+    def __init__(self, message: str, path: Path, digest: str) -> None:
         super().__init__(message)
-        self.path, self.identity = path, identity
+        self.path, self.digest = path, digest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.path, self.digest)
 
 
 @contextmanager
@@ -79,18 +81,19 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise LayoutError(f"{path}: file type: {what} must be a regular file, not a link") from None
         raise AccessError(path, "open", error) from None
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
+    try:
+        with accessing(path, "stat"):
+            info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise LayoutError(f"{path}: file type: {what} must be a regular file")
+    except BaseException:
         os.close(fd)
-        raise LayoutError(f"{path}: file type: {what} must be a regular file")
+        raise
     return fd, info
 
 
-def read_regular(path: Path, what: str, limit_bytes: int) -> tuple[bytes, Identity]:
+def read_regular(path: Path, what: str, limit_bytes: int) -> bytes:
     """Read a small regular file whole.
-
-    Returns:
-        Its bytes, and which file it was.
 
     Raises:
         FileNotFoundError: there is none.
@@ -108,11 +111,20 @@ def read_regular(path: Path, what: str, limit_bytes: int) -> tuple[bytes, Identi
         os.close(fd)
     if size > limit_bytes:
         raise LayoutError(f"{path}: size: {max(info.st_size, size)} bytes are over the limit of {limit_bytes}")
-    return b"".join(parts), (info.st_dev, info.st_ino)
+    return b"".join(parts)
 
 
-def holds(path: Path, what: str, data: bytes) -> tuple[bool, Identity]:
-    """Tell whether a regular file holds exactly these bytes, and which file it is.
+def sha256_of(fd: int) -> str:
+    """Hash an open file from its beginning."""
+    digest, place = hashlib.sha256(), 0
+    while part := os.pread(fd, _STEP_BYTES, place):
+        digest.update(part)
+        place += len(part)
+    return digest.hexdigest()
+
+
+def holds(path: Path, what: str, data: bytes) -> bool:
+    """Tell whether a regular file holds exactly these bytes.
 
     Raises:
         FileNotFoundError, LayoutError, AccessError: as `open_regular`.
@@ -125,7 +137,7 @@ def holds(path: Path, what: str, data: bytes) -> tuple[bool, Identity]:
                 if view[place : place + len(part)] != part:
                     break
                 place += len(part)
-        return place == len(data) == info.st_size, (info.st_dev, info.st_ino)
+        return place == len(data) == info.st_size
     finally:
         os.close(fd)
 
@@ -155,8 +167,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
-def is_being_written(temporary: Path) -> bool:
-    """Tell whether the process that began a temporary file is still there to finish it."""
+def is_being_written(temporary: Path, age_s: float) -> bool:
+    """Tell whether the process that began a temporary file may still be there to finish it.
+
+    After a day it may not: the number may be that of another process, or of one in another container.
+    """
+    if age_s > _DAY_S:
+        return False
     pid = temporary.name.removeprefix(TEMPORARY).partition("-")[0]
     try:
         os.kill(int(pid), 0)
@@ -194,29 +211,44 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, exclusive: bool) -> Iterator[bool]:
+def locked(path: Path, *, exclusive: bool, wait: bool = True) -> Iterator[bool]:
     """Hold an advisory lock, which the system drops when this process ends, however it ends.
 
     Args:
         path: the lock file, created when missing; it never holds anything.
         exclusive: alone, or together with others that are not.
+        wait: for as long as others hold it.
 
     Yields:
         False where the file system knows no locks.
 
     Raises:
-        AccessError: the lock file cannot be opened.
+        AccessError: the lock file cannot be opened, or it is held and `wait` is False.
     """
-    with accessing(path, "lock"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd, held = _lock(path, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise AccessError(path, "lock", error) from None
-            yield False
-        else:
-            yield True
+        yield held
     finally:
         os.close(fd)
+
+
+def _lock(path: Path, how: int) -> tuple[int, bool]:
+    """Open and lock the file that has this name, not one that had it."""
+    while True:
+        with accessing(path, "lock"):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            try:
+                try:
+                    fcntl.flock(fd, how)
+                except OSError as error:
+                    if error.errno in _NO_LOCKS:
+                        return fd, False
+                    raise
+                if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                    return fd, True
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -49,8 +50,9 @@ def block_metadata(spec_digest: str, first: int, count: int) -> str:
     return canonical_json(obj).decode("ascii")
 
 
+@functools.lru_cache(maxsize=1024)
 def expected_tensors(spec: KVSpec, count: int) -> dict[str, dict[str, Any]]:
-    """Header entries of a block, in file order."""
+    """Header entries of a block, in file order; shared, never to be changed."""
     tiles, layers, heads, dim = tiles_for(count), spec.num_layers, spec.num_kv_heads, spec.head_dim
     ids_end = 4 * TILE_TOKENS * tiles
     k_end = ids_end + tiles * TILE_TOKENS * spec.bytes_per_token // 2
@@ -70,13 +72,14 @@ def expected_tensors(spec: KVSpec, count: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def parse_header(buffer: np.ndarray, path: Path, spec: KVSpec) -> Header:
+def parse_header(buffer: np.ndarray, path: Path, spec: KVSpec, size: int | None = None) -> Header:
     """Read the header of a shard, accepting nothing that FORMAT.md does not allow.
 
     Args:
-        buffer: `[size]` uint8, the whole file, at least 8 bytes.
+        buffer: uint8, the file's beginning: header and all, at least 8 bytes.
         path: its name, for messages.
         spec: the spec that the block must carry.
+        size: of the whole file in bytes; that of the buffer when None.
 
     Raises:
         LayoutError: another form than FORMAT.md says; the message names the file and the field.
@@ -124,8 +127,9 @@ def parse_header(buffer: np.ndarray, path: Path, spec: KVSpec) -> Header:
         if not _same(header[name], entry):
             bad(name, header[name], entry)
     end = 8 + length + payload_bytes(spec, count)
-    if end != len(buffer):
-        bad("file size", len(buffer), f"{end} bytes")
+    size = len(buffer) if size is None else size
+    if end != size:
+        bad("file size", size, f"{end} bytes")
     return Header(first, count, 8 + length, expected)
 
 

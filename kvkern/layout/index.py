@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = "kvkern-index-v1"
-MAX_INDEX_BYTES = 1 << 24
 _KEYS = {"check", "format", "keys", "manifest"}
 
 
@@ -34,7 +33,7 @@ def token_tensor(token_ids: Any, name: str = "token_ids") -> Tensor:
     """
     try:
         ids = torch.as_tensor(token_ids).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError) as error:
         raise LayoutError(f"{name} must be integers [n] or [1, n]: {error}") from None
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
@@ -63,6 +62,8 @@ def chain_keys(spec_digest: str, token_ids: Tensor) -> tuple[str, ...]:
     Returns:
         `key_1, key_2, ...`, one per 256 tokens begun, 64 hex digits each.
     """
+    if not is_digest(spec_digest):
+        raise LayoutError(f"spec_digest must be 64 lower-case hex digits (KVSpec.digest), got {spec_digest!r}")
     ids = token_ids.to(device="cpu", dtype=torch.int32).numpy().astype("<u4")
     key = tagged_sha256("kvkern-chain-root-v1", bytes.fromhex(spec_digest))
     keys = []

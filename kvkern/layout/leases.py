@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import threading
 import warnings
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from kvkern.layout.directory import Directory
 
 _LIMIT_BYTES = 1 << 26
+_COMPACT_BYTES = 1 << 20
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Holder:
+    """What a lease lives as long as."""
 
 
 class Leases:
@@ -36,47 +42,71 @@ class Leases:
     def __init__(self, directory: Directory) -> None:
         """Hold nothing yet."""
         self._directory = directory
-        self._mutex = threading.RLock()  # a finalizer may run while its own thread is in here
         self._start_anew()
+        _ALL.add(self)
 
     def hold(self, owner: object, digest: str) -> None:
         """Hold a document for as long as `owner` lives; without a writable store, go on without.
 
-        A mapped block outlives even its deletion, so a reader without a lease reads on; what it misses is that a
-        document which others remove may be gone when it opens it again.
+        A mapped block outlives even its deletion, so a reader without a lease reads on; what it misses is that gc
+        leaves alone the blocks of a document that is removed while it is being opened.
         """
         try:
             with self._mutex:
-                if self._pid != os.getpid():  # forked: the inherited file is the parent's
-                    self._start_anew()
-                if self._held[digest] == 0:
-                    self._append(f"+{digest}\n")
-                self._held[digest] += 1
+                self._held[digest] += 1  # before the line: a finalizer that runs meanwhile must see it
+                try:
+                    if self._held[digest] == 1:
+                        self._append(f"+{digest}\n")
+                except BaseException:
+                    self._forget(digest)
+                    raise
         except AccessError as error:
             if error.errno not in _READ_ONLY:
                 warnings.warn(f"no lease on {digest}: {error}", stacklevel=3)
             return
-        weakref.finalize(owner, self._release, digest).atexit = False
+        weakref.finalize(owner, self._release, digest, self._era).atexit = False
 
-    def _release(self, digest: str) -> None:
+    def _release(self, digest: str, era: object) -> None:
         with self._mutex, contextlib.suppress(AccessError):
-            if self._pid != os.getpid() or self._held[digest] == 0:
+            if era is not self._era:  # held by the process that this one was forked from
                 return
-            self._held[digest] -= 1
-            if not +self._held:
-                with accessing(self._directory.root / "leases", "truncate"):
-                    os.ftruncate(self._fd, 0)
-            elif self._held[digest] == 0:
+            self._forget(digest)
+            if not self._held:
+                self._rewrite("")
+            elif digest not in self._held:
                 self._append(f"-{digest}\n")
+                if self._written_bytes > _COMPACT_BYTES:
+                    with self._directory.lock(exclusive=False):  # gc must not read it half
+                        self._rewrite("".join(f"+{held}\n" for held in self._held))
+
+    def _forget(self, digest: str) -> None:
+        self._held[digest] -= 1
+        if self._held[digest] <= 0:
+            del self._held[digest]
 
     def _start_anew(self) -> None:
-        self._pid, self._fd, self._held = os.getpid(), -1, Counter[str]()
+        self._mutex = threading.RLock()  # a finalizer may run while its own thread is in here
+        self._era, self._fd, self._held, self._written_bytes = object(), -1, Counter[str](), 0
+
+    def after_fork(self) -> None:
+        """Let a forked child begin with nothing: what is held is its parent's."""
+        if self._fd >= 0:
+            os.close(self._fd)  # the parent's lock stays: it is the parent's own descriptor that keeps it
+        self._start_anew()
 
     def _append(self, line: str) -> None:
         if self._fd < 0:
             self._fd = self._open()
         with accessing(self._directory.root / "leases", "write"):
             os.write(self._fd, line.encode())
+        self._written_bytes += len(line)
+
+    def _rewrite(self, text: str) -> None:
+        with accessing(self._directory.root / "leases", "truncate"):
+            os.ftruncate(self._fd, 0)
+        self._written_bytes = 0
+        if text:
+            self._append(text)
 
     def _open(self) -> int:
         folder = self._directory.root / "leases"
@@ -86,8 +116,19 @@ class Leases:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
             with contextlib.suppress(OSError):  # without locks gc refuses to run
                 fcntl.flock(fd, fcntl.LOCK_EX)
-        weakref.finalize(self, _drop, fd, path, self._pid)
+        weakref.finalize(self, _drop, fd, path, os.getpid())
         return fd
+
+
+_ALL: weakref.WeakSet[Leases] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for leases in list(_ALL):
+        leases.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def live_leases(directory: Directory, stale: list[Path]) -> Counter[str] | None:
@@ -102,12 +143,14 @@ def live_leases(directory: Directory, stale: list[Path]) -> Counter[str] | None:
     """
     total: Counter[str] = Counter()
     for name in directory.names("leases"):
+        if not re.fullmatch(r"\d+-[0-9a-f]{16}", name):
+            continue
         path = directory.root / "leases" / name
         try:
             if not _is_held(path):
                 stale.append(path)
                 continue
-            total += held_in(read_regular(path, "a lease", _LIMIT_BYTES)[0], path)
+            total += held_in(read_regular(path, "a lease", _LIMIT_BYTES), path)
         except (FileNotFoundError, LayoutError) as error:
             if isinstance(error, FileNotFoundError):
                 continue
@@ -146,7 +189,7 @@ def held_in(data: bytes, path: Path) -> Counter[str]:
 
 
 def _drop(fd: int, path: Path, pid: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(fd)
-        if os.getpid() == pid:  # a forked child must not take its parent's lease away
+    if os.getpid() == pid:  # a forked child has closed its own, and must not take its parent's lease away
+        with contextlib.suppress(OSError):
+            os.close(fd)
             os.unlink(path)

@@ -12,7 +12,7 @@ from kvkern.layout.tiles import BLOCK_TOKENS, blocks_for
 from kvkern.spec import KVSpec, canonical_json, is_digest, parse_json
 
 FORMAT = "kvkern-manifest-v1"
-MAX_MANIFEST_BYTES = 1 << 24
+MAX_MANIFEST_BYTES = 1 << 22
 _KEYS = {"blocks", "format", "num_tokens", "spec"}
 
 

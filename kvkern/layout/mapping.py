@@ -33,13 +33,12 @@ class _Pages:
         weakref.finalize(self, _libc.munmap, address, size).atexit = False
 
 
-def map_file(fd: int, size: int, *, populate: bool = True) -> np.ndarray:
-    """Map a whole file, shared and read-only.
+def map_file(fd: int, size: int) -> np.ndarray:
+    """Map a whole file, shared and read-only, and bring every page in, where the system can say that one is missing.
 
     Args:
         fd: the file; may be closed afterwards.
         size: its size in bytes, at least 1.
-        populate: bring every page in now, where the system can say that one cannot be read.
 
     Returns:
         `[size]` uint8 that keeps the mapping alive; never write it.
@@ -51,7 +50,7 @@ def map_file(fd: int, size: int, *, populate: bool = True) -> np.ndarray:
     if address == _FAILED:
         raise _last_error()
     pages = _Pages(address, size)
-    if populate and sys.platform == "linux" and _libc.madvise(address, size, _MADV_POPULATE_READ):
+    if sys.platform == "linux" and _libc.madvise(address, size, _MADV_POPULATE_READ):
         error = _last_error()
         if error.errno == errno.EFAULT:  # touching the page would have raised SIGBUS
             raise OSError(errno.EIO, "a page cannot be read, or the file has become shorter")

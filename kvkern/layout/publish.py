@@ -6,16 +6,18 @@ import hashlib
 import os
 from typing import TYPE_CHECKING
 
+from kvkern.errors import LayoutError
 from kvkern.layout.files import DamagedFile, accessing, holds, make_folder, sync_folder, write_atomically
 from kvkern.layout.header import payload_bytes
-from kvkern.layout.manifest import Manifest
+from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
 from kvkern.layout.records import Published
 from kvkern.layout.shard import encode_shard
-from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, pack, require_finite_kv
+from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, blocks_for, pack, require_finite_kv
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -30,6 +32,7 @@ def publish(
     """Write the blocks that are missing, then the manifest; see `BlockStore.put`."""
     for name, tensor in (("k", k), ("v", v)):
         require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
+    _require_manifest_fits(spec, ids.numel())
     k_tiles, v_tiles = pack(k, v)
 
     def encoded(i: int) -> bytes:
@@ -49,28 +52,47 @@ def _put_block(directory: Directory, data: bytes) -> tuple[str, bool]:
     """Make the store hold a block; a file in its place with other bytes goes to quarantine first."""
     block_id = hashlib.sha256(data).hexdigest()
     path = directory.block_path(block_id)
-    try:
-        is_there, identity = holds(path, "a block", data)
-        if is_there:
-            return block_id, False
-        directory.quarantine(DamagedFile("", path, identity))
-    except FileNotFoundError:
-        pass
-    with accessing(path, "write"):
+    if _is_there(directory, path, "a block", data, block_id):
+        return block_id, False
+    with directory.lock(exclusive=False), accessing(path, "write"):  # gc puts nothing in its place meanwhile
         make_folder(path.parents[1])
-    write_atomically(path, data)
+        write_atomically(path, data)
     return block_id, True
 
 
 def _commit(directory: Directory, manifest: Manifest, encoded: Callable[[int], bytes]) -> None:
     """Make the document visible when every block is there and durable."""
+    path, data = directory.manifest_path(manifest.digest), manifest.to_bytes()
+    is_there = _is_there(directory, path, "a manifest", data, manifest.digest)
     with directory.lock(exclusive=False):  # from here on gc neither looks nor moves
         for i, block_id in enumerate(manifest.blocks):
             if not os.path.lexists(directory.block_path(block_id)):  # gc met it before the manifest named it
                 write_atomically(directory.block_path(block_id), encoded(i))
-        # Reused blocks too: another process may have renamed them and not yet made that durable.
-        for folder in {directory.block_path(block_id).parent for block_id in manifest.blocks}:
+        # Names that others have made too: their maker may not yet have made them durable.
+        folders = {directory.block_path(block_id).parent for block_id in manifest.blocks}
+        for folder in (*folders, directory.root / "blocks", directory.root):
             sync_folder(folder)
-        path = directory.manifest_path(manifest.digest)
-        write_atomically(path, manifest.to_bytes())
+        if not is_there or not os.path.lexists(path):
+            write_atomically(path, data)
         sync_folder(path.parent)
+        directory.mark_healed(manifest.digest)
+
+
+def _is_there(directory: Directory, path: Path, what: str, data: bytes, digest: str) -> bool:
+    """Tell whether a file holds `data`; one that holds something else goes to quarantine."""
+    try:
+        if holds(path, what, data):
+            return True
+    except FileNotFoundError:
+        return False
+    directory.quarantine(DamagedFile(f"{path}: SHA-256: not what the name promises", path, digest), wait=True)
+    return False
+
+
+def _require_manifest_fits(spec: KVSpec, num_tokens: int) -> None:
+    size = len(Manifest(spec, num_tokens, ("0" * 64,) * blocks_for(num_tokens)).to_bytes())
+    if size > MAX_MANIFEST_BYTES:
+        raise LayoutError(
+            f"spec and token_ids make a manifest of {size} bytes, over the limit of {MAX_MANIFEST_BYTES}: shorten "
+            "config or producer_info, or publish the document in parts"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from kvkern.errors import IntegrityError, KvkernError, LayoutError
+from kvkern.errors import AccessError, IntegrityError, KvkernError, LayoutError
 from kvkern.layout.files import DamagedFile, read_regular
 from kvkern.layout.header import payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from kvkern.layout.shard import Shard, VerifiedBytes
 
 
+class RemovedError(LayoutError):
+    """The document was there a moment ago."""
+
+
 def read_manifest(directory: Directory, digest: str) -> Manifest:
     """Read one manifest by its full digest; see `BlockStore.manifest`."""
     path = directory.manifest_path(digest)
     try:
-        data, identity = read_regular(path, "a manifest", MAX_MANIFEST_BYTES)
+        data = read_regular(path, "a manifest", MAX_MANIFEST_BYTES)
     except FileNotFoundError:
-        raise LayoutError(f"{path}: file: the document has just been removed") from None
+        raise RemovedError(f"{path}: file: the document has just been removed") from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
-        raise _quarantined(directory, DamagedFile(text, path, identity))
+        raise _quarantined(directory, DamagedFile(text, path, digest))
     return Manifest.from_bytes(data, digest)
 
 
@@ -63,12 +67,16 @@ def _shard(directory: Directory, manifest: Manifest, i: int, part: VerifiedBytes
 
 
 def check_documents(directory: Directory, digests: Sequence[str], progress: Progress | None) -> Report:
-    """Read every byte of some documents; see `BlockStore.verify`."""
+    """Read every byte of some documents; see `BlockStore.verify`. The caller holds leases on them."""
     defects: list[Defect] = []
     manifests: list[Manifest] = []
     for digest in digests:
         try:
             manifests.append(read_manifest(directory, digest))
+        except AccessError:  # proves nothing
+            raise
+        except RemovedError:
+            continue
         except KvkernError as error:
             defects.append(Defect(digest, directory.manifest_path(digest), str(error)))
     jobs = [(manifest, i) for manifest in manifests for i in range(len(manifest.blocks))]
@@ -77,6 +85,8 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
         manifest, i = job
         try:
             _shard(directory, manifest, i, _map_bytes(directory, manifest, i, "sha256"))
+        except AccessError:
+            raise
         except KvkernError as error:
             return Defect(manifest.digest, directory.block_path(manifest.blocks[i]), str(error))
         return None
@@ -87,4 +97,8 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
 
 
 def _quarantined(directory: Directory, damaged: DamagedFile) -> IntegrityError:
-    return IntegrityError(f"{damaged}. {directory.quarantine(damaged)}")
+    try:
+        done = directory.quarantine(damaged, wait=False)
+    except AccessError as error:
+        done = f"It could not be moved to quarantine now ({error.strerror}) and stays refused."
+    return IntegrityError(f"{damaged}. {done}")

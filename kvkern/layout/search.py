@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, KvkernError, LayoutError
 from kvkern.layout.files import read_regular, write_atomically
-from kvkern.layout.index import MAX_INDEX_BYTES, chain_keys, decode_index, encode_index, matched_tokens, token_tensor
+from kvkern.layout.index import chain_keys, decode_index, encode_index, matched_tokens, token_tensor
+from kvkern.layout.leases import Holder
 from kvkern.layout.pool import Document
 from kvkern.layout.reading import map_blocks, read_manifest
 from kvkern.layout.records import Explanation
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvkern.layout.directory import Directory
+    from kvkern.layout.leases import Leases
     from kvkern.layout.manifest import Manifest
     from kvkern.spec import KVSpec
+
+
+_INDEX_BYTES, _INDEX_BYTES_PER_BLOCK = 512, 80
 
 
 class Search:
@@ -31,11 +36,12 @@ class Search:
 
     Args:
         directory: the store.
+        leases: hold a document while its index is rebuilt.
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, leases: Leases) -> None:
         """Read nothing yet."""
-        self._directory = directory
+        self._directory, self._leases = directory, leases
         self._entries: dict[str, _Entry] = {}
 
     def find(self, spec_digest: str, token_ids: Tensor | Sequence[int]) -> list[tuple[str, int]]:
@@ -45,7 +51,7 @@ class Search:
         found = []
         for entry in self._all():
             if entry.manifest.spec.digest == spec_digest:
-                shared = self._matched(entry, query, query_keys)
+                shared, _ = self._matched(entry, query, query_keys)
                 if shared:
                     found.append((entry.manifest.digest, shared))
         return sorted(found, key=lambda item: (-item[1], item[0]))
@@ -59,9 +65,11 @@ class Search:
             stored = entry.manifest.spec
             if stored.digest not in keys:
                 keys[stored.digest] = chain_keys(stored.digest, query)
-            matched = self._matched(entry, query, keys[stored.digest])
+            matched, problem = self._matched(entry, query, keys[stored.digest])
             differences = [] if spec is None else list(stored.differences(spec, ignore=ignore))
-            if matched < min(query.numel(), entry.manifest.num_tokens):
+            if problem:
+                differences.append(("file", problem, "a readable block"))
+            elif matched < min(query.numel(), entry.manifest.num_tokens):
                 differences.append((f"token_ids[{matched}]", entry.token(matched), int(query[matched])))
             found.append(Explanation(entry.manifest.digest, entry.manifest.num_tokens, matched, tuple(differences)))
         return sorted(found, key=lambda item: (not item.is_usable, -item.matched, item.digest))
@@ -87,22 +95,26 @@ class Search:
             self._entries[digest] = _Entry(self._directory, manifest, self._keys(manifest))
         return self._entries[digest]
 
-    def _matched(self, entry: _Entry, query: Tensor, query_keys: Sequence[str]) -> int:
+    def _matched(self, entry: _Entry, query: Tensor, query_keys: Sequence[str]) -> tuple[int, str]:
+        """Count shared leading tokens; the tokens of a block that cannot be read do not count, and say why."""
         try:
-            return matched_tokens(query, query_keys, entry.keys, entry.tokens)
+            return matched_tokens(query, query_keys, entry.keys, entry.tokens), ""
         except KvkernError as error:
             warnings.warn(f"document {entry.manifest.digest}: its last tokens are left out: {error}", stacklevel=4)
-            return 0
+            return matched_tokens(query, query_keys, entry.keys, lambda i: query[:0]), str(error)
 
     def _keys(self, manifest: Manifest) -> tuple[str, ...]:
         path = self._directory.index_path(manifest.digest)
         try:
-            data, _ = read_regular(path, "an index file", MAX_INDEX_BYTES)
+            limit = _INDEX_BYTES_PER_BLOCK * len(manifest.blocks) + _INDEX_BYTES
+            data = read_regular(path, "an index file", limit)
             return decode_index(data, manifest.digest, len(manifest.blocks))
         except (LayoutError, FileNotFoundError) as error:
             why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             warnings.warn(f"{path} {why}; rebuilding it from the manifest and its blocks", stacklevel=5)
-        document = Document(manifest, tuple(map_blocks(self._directory, manifest, "auto", None)))
+        holder = Holder()
+        self._leases.hold(holder, manifest.digest)
+        document = Document(manifest, tuple(map_blocks(self._directory, manifest, "auto", None)), holder)
         keys = chain_keys(manifest.spec.digest, document.token_ids())
         self.write(manifest, keys)
         return keys
@@ -116,12 +128,9 @@ class _Entry:
     manifest: Manifest
     keys: tuple[str, ...]
 
-    def token(self, position: int) -> int | str:
-        """Return one token id, or the reason why it cannot be read."""
-        try:
-            return int(self.tokens(position // BLOCK_TOKENS)[position % BLOCK_TOKENS])
-        except KvkernError as error:
-            return str(error)
+    def token(self, position: int) -> int:
+        """Return one token id; unverified."""
+        return int(self.tokens(position // BLOCK_TOKENS)[position % BLOCK_TOKENS])
 
     @cached_property
     def _tokens(self) -> dict[int, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors.torch
 import torch
 import xxhash
@@ -17,6 +19,7 @@ from kvkern.errors import IntegrityError, LayoutError
 from kvkern.layout.files import DamagedFile, accessing, open_regular
 from kvkern.layout.header import (
     ALIGNMENT_BYTES,
+    MAX_HEADER_BYTES,
     MAX_SHARD_BYTES,
     MAX_TOKENS,
     Header,
@@ -28,11 +31,9 @@ from kvkern.layout.mapping import map_file
 from kvkern.layout.tiles import BLOCK_TOKENS, TILE_TOKENS, tiles_for
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    import numpy as np
-
-    from kvkern.layout.files import Identity
     from kvkern.spec import KVSpec
 
 _STEP_BYTES = 1 << 20
@@ -146,10 +147,10 @@ def map_verified(path: Path, block_id: str, *, verify: str = "auto") -> Verified
     """
     if verify not in ("auto", "sha256"):
         raise LayoutError(f"verify must be 'auto' or 'sha256', got {verify!r}")
-    buffer, identity = _map(path)
+    buffer = _map(path, block_id)
     known = _VERIFIED.get(block_id) if verify == "auto" else None
     if known is None or xxhash.xxh3_128_digest(buffer) != known:
-        _VERIFIED[block_id] = _check_digest(buffer, path, block_id, identity)
+        _VERIFIED[block_id] = _check_digest(buffer, path, block_id)
     return VerifiedBytes(path, block_id, buffer)
 
 
@@ -182,31 +183,37 @@ def read_tokens(path: Path, spec: KVSpec) -> Tensor:
     Raises:
         IntegrityError, LayoutError, SpecMismatchError: as `map_shard`, without the digest.
     """
-    buffer, _ = _map(path, populate=False)
-    header = parse_header(buffer, path, spec)
-    return _tensors(buffer, header)["tokens"].reshape(-1)[: header.count].clone()
+    with _opened(path) as (fd, size), accessing(path, "read"):
+        beginning = os.pread(fd, 8 + MAX_HEADER_BYTES + 4 * BLOCK_TOKENS, 0)
+    header = parse_header(np.frombuffer(beginning, np.uint8), path, spec, size)
+    return torch.frombuffer(bytearray(beginning), dtype=torch.int32, count=header.count, offset=header.payload)
 
 
-def _map(path: Path, *, populate: bool = True) -> tuple[np.ndarray, Identity]:
-    """Map a block's file; tells which file it was."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, int]]:
+    """Open a block's file; yields its descriptor and size."""
     try:
         fd, info = open_regular(path, "a block")
     except FileNotFoundError:
         raise IntegrityError(f"{path}: file: the block is missing; publish its document again") from None
     try:
-        identity = info.st_dev, info.st_ino
         if info.st_size > MAX_SHARD_BYTES:
             raise LayoutError(f"{path}: size: {info.st_size} is over the limit of {MAX_SHARD_BYTES} bytes")
-        if info.st_size < ALIGNMENT_BYTES:
-            text = f"{path}: size: {info.st_size} bytes, but a block has at least {ALIGNMENT_BYTES}: it is truncated"
-            raise DamagedFile(text, path, identity)
-        with accessing(path, "map"):
-            return map_file(fd, info.st_size, populate=populate), identity
+        yield fd, info.st_size
     finally:
         os.close(fd)
 
 
-def _check_digest(buffer: np.ndarray, path: Path, block_id: str, identity: Identity) -> bytes:
+def _map(path: Path, block_id: str) -> np.ndarray:
+    with _opened(path) as (fd, size):
+        if size < ALIGNMENT_BYTES:
+            text = f"{path}: size: {size} bytes, but a block has at least {ALIGNMENT_BYTES}: it is truncated"
+            raise DamagedFile(text, path, block_id)
+        with accessing(path, "map"):
+            return map_file(fd, size)
+
+
+def _check_digest(buffer: np.ndarray, path: Path, block_id: str) -> bytes:
     """Prove that the mapped bytes are the block's, or that they are not; returns their xxh3_128."""
     sha, xxh = hashlib.sha256(), xxhash.xxh3_128()
     for start in range(0, len(buffer), _STEP_BYTES):  # both hashes see a step while it is in the cache
@@ -215,7 +222,7 @@ def _check_digest(buffer: np.ndarray, path: Path, block_id: str, identity: Ident
         xxh.update(step)
     if sha.hexdigest() != block_id:
         text = f"{path}: SHA-256: the bytes have {sha.hexdigest()}, the name promises {block_id}"
-        raise DamagedFile(text, path, identity)
+        raise DamagedFile(text, path, block_id)
     return xxh.digest()
 
 

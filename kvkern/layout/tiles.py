@@ -111,6 +111,8 @@ def _require(tensor: Tensor, name: str, rank: int) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bfloat16:
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise LayoutError(f"{name} must be a torch.bfloat16 tensor, got {given}; use a bf16 model")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise LayoutError(f"{name} must be a dense tensor with data, got {tensor.layout} on {tensor.device}")
     if tensor.dim() != rank or tensor.numel() == 0:
         raise LayoutError(f"{name} must have {rank} non-empty dimensions, got {tuple(tensor.shape)}")
 

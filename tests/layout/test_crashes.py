@@ -20,7 +20,7 @@ from kvkern.errors import AccessError
 from kvkern.layout import BlockStore
 from tests.support.store_faults import refusing
 
-CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir", "utime", "listdir")
+CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir", "utime", "listdir", "lstat", "fstat", "ftruncate")
 
 
 def test_store__killed_at_every_step_it_opens_and_loses_at_most_the_unpublished(tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ FIELDS = (
 """What a refusal must name beside the file."""
 
 _TRANSIENT = (errno.EMFILE, errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES)
-_CALLS = ("open", "read", "write", "fsync", "replace", "rename", "mkdir", "listdir", "unlink", "utime", "lstat")
+_CALLS = (
+    "open", "read", "pread", "write", "fsync", "replace", "rename", "mkdir", "listdir", "unlink", "utime", "lstat",
+    "fstat", "ftruncate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,22 +94,26 @@ class FaultyStore:
             shard._VERIFIED.clear()
         harm = self.faults[fault]()
         harmed = harm if isinstance(harm, list) else []
+        wrong = self._wrong(harmed)
+        (action,) = self.random.choices((self._get, self._match, self._verify, self._put), (8, 8, 1, 1))
+        publishing = ", publishing" if action == self._put else ""
         refusing = harm if isinstance(harm, contextlib.AbstractContextManager) else contextlib.nullcontext()
         try:
             with warnings.catch_warnings(), refusing:
                 warnings.simplefilter("ignore")
-                self.random.choice((self._get, self._match))()
+                action()
         except REFUSALS as error:
             self._check_refusal(error)
-            self.outcomes[f"{fault}: {type(error).__name__}"] += 1
+            self.outcomes[f"{fault}: {type(error).__name__}{publishing}"] += 1
         else:
-            self.outcomes[f"{fault}: delivered"] += 1
-        self._check_files(harmed)
+            self.outcomes[f"{fault}: delivered{publishing}"] += 1
+        self._check_files(harmed, wrong)
         self._mend()
 
     def refused(self, fault: str) -> int:
         """Count the loads that a fault made fail."""
-        return sum(n for key, n in self.outcomes.items() if key.startswith(f"{fault}: ") and "delivered" not in key)
+        found = (n for key, n in self.outcomes.items() if key.startswith(f"{fault}: ") and key.endswith("Error"))
+        return sum(found)
 
     def _get(self) -> None:
         original = self.random.choice(self.documents)
@@ -127,6 +134,17 @@ class FaultyStore:
         theirs = by_digest[document.manifest.digest].ids
         assert torch.equal(theirs[:shared], query[:shared]), "a match names tokens that are not there"
 
+    def _verify(self) -> None:
+        report = BlockStore(self.root).verify()
+        for defect in report.defects:
+            assert str(self.root) in defect.problem, defect
+
+    def _put(self) -> None:
+        original = self.random.choice(self.documents)
+        done = BlockStore(self.root).put(SPEC, original.ids, original.k, original.v)
+        assert done.digest == original.digest
+        self._check_delivered(BlockStore(self.root).get(done.digest), original)
+
     def _check_delivered(self, document: Any, original: Original) -> None:
         assert torch.equal(document.token_ids(), original.ids), "wrong tokens delivered"
         k, v = (torch.cat([getattr(s, name) for s in document.shards]) for name in "kv")
@@ -140,7 +158,7 @@ class FaultyStore:
         named = any(f": {field}" in f": {text}" for field in FIELDS)
         assert named or isinstance(error, AccessError), f"the refusal names no field: {text}"
 
-    def _check_files(self, harmed: list[Path]) -> None:
+    def _check_files(self, harmed: list[Path], wrong: dict[Path, bytes]) -> None:
         """Every file that was not harmed is where it was, untouched; a harmed one is there or in quarantine."""
         quarantine = [path.read_bytes() for path in self.root.glob("quarantine/*")]
         if not harmed:
@@ -149,8 +167,16 @@ class FaultyStore:
             if path not in harmed:
                 assert _stamp(path) == stamp or path.read_bytes() == self.good[path], f"a good file was lost: {path}"
         assert len(quarantine) <= len(harmed)
-        left = list(self.root.rglob(".tmp-*"))
-        assert not left, f"temporary files are left: {left}"
+        for path, data in wrong.items():  # set aside, or not yet met: never deleted
+            assert data in quarantine or (path.is_file() and path.read_bytes() == data), f"deleted: {path}"
+        temporary = list(self.root.rglob(".tmp-*"))
+        assert not temporary, f"temporary files are left: {temporary}"
+
+    def _wrong(self, harmed: list[Path]) -> dict[Path, bytes]:
+        """Blocks and manifests that now hold other bytes than they should."""
+        files = [path for path in harmed if path in (*self.blocks, *self.manifests) and not path.is_symlink()]
+        found = {path: path.read_bytes() for path in files if path.is_file()}
+        return {path: data for path, data in found.items() if data != self.good[path]}
 
     def _mend(self) -> None:
         for path, data in self.good.items():
