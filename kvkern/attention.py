@@ -69,30 +69,29 @@ class KVView:
 
         Raises:
             LayoutError: k and v differ in shape, or are not bf16 of rank 4.
-            UnsupportedError: they are not on a CPU.
+            UnsupportedError: no backend runs on their device.
         """
         if k.shape != v.shape or k.dim() != 4 or k.dtype != torch.bfloat16 or v.dtype != torch.bfloat16:
             raise LayoutError(
                 f"k and v must be bfloat16 [B, kv_heads, T, head_dim] of one shape, got {tuple(k.shape)} {k.dtype} "
                 f"and {tuple(v.shape)} {v.dtype}"
             )
-        native.require_cpu(k)
-        native.require_cpu(v)
         batch, heads, length, head_dim = k.shape
-        count = _int32(length, batch) if lens is None else lens
+        device = k.device
+        count = _int32(length, batch, device) if lens is None else lens
         tiles = max(1, -(-length // TILE_TOKENS))
         suffix_k = k.new_zeros(batch, heads, tiles, head_dim, TILE_TOKENS)
         suffix_v = v.new_zeros(batch, heads, tiles, TILE_TOKENS, head_dim)
-        native.append(native.dense_rows(k), native.dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count)
+        append(native.dense_rows(k), native.dense_rows(v), suffix_k, suffix_v, torch.zeros_like(count), count)
         return cls(
             pool=suffix_k,
-            block_table=torch.zeros(1, 0, 2, dtype=torch.int64),
-            prefix_len=_int32(0, 1),
-            reader_prefix=_int32(0, batch),
+            block_table=torch.zeros(1, 0, 2, dtype=torch.int64, device=device),
+            prefix_len=_int32(0, 1, device),
+            reader_prefix=_int32(0, batch, device),
             suffix_k=suffix_k,
             suffix_v=suffix_v,
             suffix_len=count,
-            query_len=_int32(query_len, batch) if isinstance(query_len, int) else query_len,
+            query_len=_int32(query_len, batch, device) if isinstance(query_len, int) else query_len,
         )
 
 
@@ -122,7 +121,7 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
         q: `[B, num_q_heads, Tq, head_dim]` bf16.
         kv: the readers.
         profile: `exact` follows the numeric contract.
-        backend: `auto` takes C on a CPU.
+        backend: `auto` takes C on a CPU, and Triton on CUDA and ROCm.
 
     Returns:
         The plan.
@@ -133,16 +132,29 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
     """
     if profile != "exact":
         raise UnsupportedError(f"profile {profile!r} does not run on {q.device.type}: this version has 'exact' only")
-    if backend not in ("auto", "c") or q.device.type != "cpu":
-        raise UnsupportedError(
-            f"backend {backend!r} on device {q.device.type!r} is not available: this version runs backend 'c' on a CPU"
-        )
+    if backend not in ("auto", "c", "triton"):
+        raise LayoutError(f"backend is {backend!r}; it must be 'auto', 'c' or 'triton'")
+    is_c = _takes_c(q, backend)
+    if is_c:
+        native.require_cpu(q)
     _validate(q, kv)
+    if not is_c:
+        from kvkern.kernels import triton_door
+
+        triton_door.require_available(q.device)
+        _require_contiguous_words(q, kv)
     row_bytes = 2 * kv.suffix_k.shape[1] * q.shape[3] * q.element_size()
     prefix_len = kv.prefix_len.tolist()
     keys = sum(prefix_len[p] for p in set(kv.reader_prefix.tolist())) + sum(kv.suffix_len.tolist())
     bytes_moved = keys * row_bytes + 2 * q.numel() * q.element_size()
-    return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
+    if is_c:
+        return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
+    reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
+    return Plan("triton", profile, triton_door.LAUNCHES, bytes_moved, reason)
+
+
+def _takes_c(q: Tensor, backend: Backend) -> bool:
+    return backend == "c" or (backend == "auto" and q.device.type == "cpu")
 
 
 def prefix_attention(
@@ -165,7 +177,7 @@ def prefix_attention(
         sm_scale: factor of the scores; `head_dim ** -0.5` when None.
         profile: `exact`.
         key_run: keys of one output chain: 512 is the contract, "stock" follows stock eager's rule, 1024 its long run.
-        backend: `auto` or `c`.
+        backend: `auto`, `c` or `triton`.
         return_lse: also return the log-sum-exp.
         out: `[B, Tq, num_q_heads, head_dim]` bf16 to write into; a new tensor when None.
         scratch_bound_bytes: long Tq is split so that scratch stays under it, or under what one query position of every
@@ -202,8 +214,10 @@ def prefix_attention(
         out = q.new_empty(shape)
     elif tuple(out.shape) != shape or out.dtype != torch.bfloat16 or out.stride(-1) != 1:
         raise LayoutError(f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}")
-    lse = torch.empty(batch, num_q_heads, rows) if return_lse else None
-    launch(q, kv, out, lse, sm_scale=sm_scale, key_run=key_run, scratch_bound_bytes=scratch_bound_bytes)
+    lse = torch.full((batch, num_q_heads, rows), -torch.inf, device=q.device) if return_lse else None
+    launch(
+        q, kv, out, lse, sm_scale=sm_scale, key_run=key_run, backend=backend, scratch_bound_bytes=scratch_bound_bytes
+    )
     return (out, lse) if lse is not None else out
 
 
@@ -215,10 +229,22 @@ def launch(
     *,
     sm_scale: float | None = None,
     key_run: KeyRun = "stock",
+    backend: Backend = "auto",
     scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
 ) -> None:
     """Run a call that has been validated: the hot path of the model patch. Arguments as in `prefix_attention`."""
     layer_size = kv.suffix_k.shape[1] * q.shape[3] * TILE_TOKENS
+    if not _takes_c(q, backend):
+        from kvkern.kernels import ops, triton_door
+
+        need = triton_door.scratch_bytes(q, kv.block_table, kv.block_tiles, kv.suffix_k, scratch_bound_bytes)
+        ops.exact_attention(
+            q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
+            kv.suffix_k, kv.suffix_v, out, lse, torch.empty(need, dtype=torch.uint8, device=q.device),
+            kv.block_tiles, kv.num_layers * layer_size, kv.layer * layer_size,
+            q.shape[3] ** -0.5 if sm_scale is None else sm_scale, 0 if key_run == "stock" else key_run,
+        )  # fmt: skip
+        return
     native.attend(
         q,
         out,
@@ -240,8 +266,34 @@ def launch(
     )
 
 
-def _int32(value: int, length: int) -> Tensor:
-    return torch.full((length,), value, dtype=torch.int32)
+def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
+    """Write new tokens into suffix tiles on the device where these are; arguments as in `native.append`.
+
+    Raises:
+        UnsupportedError: no backend runs there.
+    """
+    if k.device.type == "cpu":
+        native.append(k, v, suffix_k, suffix_v, first_slot, count)
+        return
+    from kvkern.kernels import ops, triton_door
+
+    triton_door.require_available(k.device)
+    ops.append(k, v, suffix_k, suffix_v, first_slot, count)
+
+
+def _int32(value: int, length: int, device: torch.device) -> Tensor:
+    return torch.full((length,), value, dtype=torch.int32, device=device)
+
+
+def _require_contiguous_words(q: Tensor, kv: KVView) -> None:
+    """Refuse what cannot be read as 32-bit words: two neighbouring bf16 each."""
+    for name, tensor in (("q", q), ("suffix_k", kv.suffix_k), ("suffix_v", kv.suffix_v), ("pool", kv.pool)):
+        strides = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
+        _need(
+            tensor.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides), name,
+            f"at address {tensor.data_ptr():#x} with strides {tuple(tensor.stride())}",
+            "on a 4-byte boundary with even strides for backend 'triton'",
+        )  # fmt: skip
 
 
 def _validate(q: Tensor, kv: KVView) -> None:

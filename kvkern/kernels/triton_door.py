@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 
 from kvkern.contract import KEY_RUN, TILE_TOKENS
+from kvkern.errors import LayoutError, UnsupportedError
+from kvkern.kernels import append as append_module
 from kvkern.kernels import exact
 from kvkern.kernels.launch_config import ExactConfig, exact_config
 
@@ -75,6 +77,44 @@ def is_interpreted() -> bool:
     return not isinstance(exact.score_kernel, triton.JITFunction)
 
 
+def require_available(device: torch.device) -> None:
+    """Refuse a device that the Triton kernels do not run on.
+
+    Raises:
+        UnsupportedError: a CPU outside the interpreter, or an architecture without a configuration.
+    """
+    if device.type == "cpu" and not is_interpreted():
+        raise UnsupportedError(
+            "backend 'triton' reads GPU memory; on a CPU it runs in Triton's interpreter only, for tests: set "
+            "TRITON_INTERPRET=1 before kvkern is imported, or take backend 'c'"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"backend 'triton' does not run on {device.type!r}: move the tensors to 'cuda'")
+    config_for(device)
+
+
+def scratch_bytes(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k: Tensor, bound_bytes: int) -> int:
+    """Bytes of scratch for a call: what it needs at once, but no more than the bound or one query position."""
+    batch, heads, rows, head_dim = q.shape
+    tiles = block_table.shape[1] * block_tiles + suffix_k.shape[2]
+    config = config_for(q.device)
+    least, most = (scratch_layout(batch * heads * n, head_dim, tiles, config).nbytes for n in (1, max(rows, 1)))
+    return max(least, min(most, bound_bytes))
+
+
+def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
+    """Write the last `count[b]` of each reader's new tokens into its suffix tiles; arguments as in `native.append`."""
+    batch, heads, tokens, head_dim = k.shape
+    if k.numel() == 0:
+        return
+    append_module.append_kernel[(tokens, heads, batch)](
+        k.view(torch.int16), v.view(torch.int16), first_slot, count,
+        suffix_k.view(torch.int16), suffix_v.view(torch.int16),
+        *k.stride()[:3], *v.stride()[:3], *suffix_k.stride()[:3], tokens,
+        HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
 def config_for(device: torch.device) -> ExactConfig:
     """Return the launch configuration of a device."""
     return exact_config(architecture(device))
@@ -117,6 +157,11 @@ def attend(
     need = partial(scratch_layout, head_dim=head_dim, tile_capacity=tile_capacity, config=config)
     while slice_len > 1 and need(position_rows * slice_len).nbytes > scratch.numel():
         slice_len = -(-slice_len // 2)
+    if need(position_rows * slice_len).nbytes > scratch.numel():
+        raise LayoutError(
+            f"scratch is {scratch.numel()} bytes; it must be at least {need(position_rows).nbytes}, what one query "
+            "position of all readers needs"
+        )
     lengths = (prefix_len, reader_prefix, suffix_len, query_len)
     words = pool.view(torch.int32)
     q_words, base = q.view(torch.int32), pool.data_ptr()

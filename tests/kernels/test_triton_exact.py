@@ -1,0 +1,278 @@
+"""The Triton kernels in the interpreter: the C reference's bits, whatever the shape, the keys' place or the launch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import kvkern
+from kvkern.attention import KVView, append
+from kvkern.kernels import exact, native, ops, primitives, triton_door
+from kvkern.kernels.launch_config import ExactConfig, exact_config
+from tests.support.bits import differing
+from tests.support.stock import eager_attention, needs_stock_order
+from tests.support.views import int32, paged_view, random_qkv, shared_view
+
+BASE = exact_config("interpreter")
+# No bit may depend on any of these: programs of one row and of many, of one tile and of many, short and long trips.
+CONFIGS = {
+    "shipped": BASE,
+    "narrow": replace(BASE, rows=4, score_words=32, score_unroll=4, softmax_keys=256, softmax_steps=2, output_words=16,
+                      output_unroll=8),
+    "middle": replace(BASE, rows=16, score_words=64, score_unroll=16, softmax_keys=512, softmax_steps=4,
+                      output_words=32, output_unroll=16),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> None:
+    if not triton_door.is_interpreted():
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+
+
+def cancelling(batch: int, group: int, rows: int, columns: int, head_dim: int, kv_heads: int = 1, seed: int = 0):
+    """Flat scores, and values of which many cancel: outputs hang on the order of the sums."""
+    q, k, v = random_qkv(batch, group, kv_heads, rows, columns, head_dim, spread=0.5, seed=seed)
+    v[:, :, 2::4] = -v[:, :, : columns - 2 : 4]
+    k[1:, :, : columns - rows - 5] = k[:1, :, : columns - rows - 5]
+    v[1:, :, : columns - rows - 5] = v[:1, :, : columns - rows - 5]
+    return q, k, v
+
+
+def attend(q: torch.Tensor, kv: KVView, *, config: ExactConfig = BASE, **options) -> torch.Tensor:
+    """Attend with Triton into a poisoned output between guard rows that must stay untouched."""
+    batch, heads, rows, head_dim = q.shape
+    guarded = torch.full((batch + 2, rows, heads, head_dim), float("nan"), dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_door, "config_for", lambda device: config)
+        kvkern.prefix_attention(q, kv, out=guarded[1:-1], backend="triton", **options)
+    assert guarded[0].isnan().all() and guarded[-1].isnan().all(), "wrote outside of out"
+    return guarded[1:-1].clone()
+
+
+def same_as_c(q: torch.Tensor, kv: KVView, *, config: ExactConfig = BASE, **options) -> int:
+    """Count the outputs that differ from the C reference."""
+    return differing(attend(q, kv, config=config, **options), kvkern.prefix_attention(q, kv, backend="c", **options))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("batch", "group", "kv_heads", "head_dim", "rows", "columns"),
+    [
+        pytest.param(1, 4, 2, 128, 1, 130, id="B1-Q8-KV2-D128-Tq1-T130"),
+        pytest.param(2, 3, 1, 64, 1, 70, id="B2-Q3-KV1-D64-Tq1-T70"),
+        pytest.param(1, 1, 1, 96, 9, 150, id="B1-Q1-KV1-D96-Tq9-T150"),
+        pytest.param(1, 8, 1, 256, 2, 66, id="B1-Q8-KV1-D256-Tq2-T66"),
+        pytest.param(1, 2, 1, 64, 3, 17, id="B1-Q2-KV1-D64-Tq3-T17"),
+    ],
+)
+def test_bits_triton__shapes(config: ExactConfig, batch, group, kv_heads, head_dim, rows, columns) -> None:
+    q, k, v = cancelling(batch, group, rows, columns, head_dim, kv_heads)
+    assert same_as_c(q, KVView.from_dense(k, v, query_len=rows), config=config) == 0
+
+
+@pytest.mark.parametrize("prefix_len", [0, 1, 63, 64, 65, 256, 257])
+def test_bits_triton__either_side_of_the_prefix_edge(prefix_len: int) -> None:
+    q, k, v = cancelling(2, 2, 2, 280, 64)
+    kv = shared_view(k, v, prefix_len, [2, 2], seed=prefix_len, layers=3, layer=1, spare_tiles=1)
+    config = CONFIGS["narrow" if prefix_len == 65 else "middle"]
+    assert same_as_c(q, kv, config=config) == 0
+
+
+@pytest.mark.parametrize("key_run", ["stock", 512, 1024])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1100), (2, 1030), (2, 513)])
+def test_bits_triton__run_edges(key_run, rows: int, columns: int) -> None:
+    q, k, v = cancelling(1, 2, rows, columns, 64)
+    kv = shared_view(k, v, 600, [rows])
+    config = CONFIGS["middle" if rows == 1 else "shipped"]
+    assert same_as_c(q, kv, config=config, key_run=key_run) == 0
+
+
+def test_bits_triton__key_run_matters_here() -> None:
+    """The twin: with another run the same data give other bits."""
+    q, k, v = random_qkv(1, 2, 1, 1, 1100, 64, spread=0.0)
+    v[:, :, 10], v[:, :, 1000] = 1024.0, -1024.0
+    kv = shared_view(k, v, 600, [1])
+    assert same_as_c(q, kv, key_run=512) == 0 == same_as_c(q, kv, key_run=1024)
+    assert differing(attend(q, kv, key_run=512), kvkern.prefix_attention(q, kv, key_run=1024)) > 0
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_bits_triton__ragged_readers_of_several_prefixes(config: ExactConfig) -> None:
+    _, k, v = random_qkv(4, 1, 1, 1, 400, 64, seed=1)
+    q = random_qkv(4, 3, 1, 5, 16, 64, spread=2.0, seed=2)[0]
+    prefixes = [(k[0, :, :257], v[0, :, :257]), (k[1, :, :64], v[1, :, :64])]
+    suffixes = [(k[b, :, :n], v[b, :, :n]) for b, n in enumerate((5, 90, 1, 64))]
+    kv = paged_view(prefixes, [1, 0, 0, 1], suffixes, [5, 3, 1, 0], layers=2, layer=1, spare_tiles=1)
+    assert same_as_c(q, kv, config=config) == 0
+
+
+def test_bits_triton__any_block_table_and_any_split() -> None:
+    q, k, v = cancelling(1, 2, 5, 600, 64)
+    expected = kvkern.prefix_attention(q, shared_view(k, v, 520, [5]))
+    for seed, queries in ((0, 2), (1, 5)):
+        kv = shared_view(k, v, 520, [5], seed=seed)
+        bound = triton_door.scratch_layout(2 * queries, 64, 15, BASE).nbytes
+        assert differing(attend(q, kv, scratch_bound_bytes=bound), expected) == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_bits_triton__odd_inputs() -> None:
+    q, k, v = random_qkv(4, 2, 1, 1, 40, 64)
+    k[0, 0, 5, 3] = float("nan")
+    k[1, 0, 7] = float("inf")
+    q[2], k[2, 0, :, :] = 1.0, -torch.inf
+    k[3, 0, 9] = -1e38
+    q[3] = 1e3
+    kv = KVView.from_dense(k, v)
+    out = attend(q, kv)
+    assert differing(out, kvkern.prefix_attention(q, kv)) == 0
+    assert out[:3].isnan().all() and not out[3].isnan().any()
+
+
+@needs_stock_order
+@pytest.mark.parametrize(("rows", "columns"), [(1, 300), (5, 130)])
+def test_bits_triton__stock_eager_itself(rows: int, columns: int) -> None:
+    q, k, v = random_qkv(2, 4, 1, rows, columns, 64, spread=3.0)
+    assert differing(attend(q, KVView.from_dense(k, v, query_len=rows)), eager_attention(q, k, v)) == 0
+
+
+def test_lse_triton__natural_logarithm() -> None:
+    q, k, v = random_qkv(2, 2, 1, 3, 300, 64, spread=3.0)
+    kv = replace(KVView.from_dense(k, v, query_len=3), query_len=int32(3, 1))
+    lse = kvkern.prefix_attention(q, kv, return_lse=True, backend="triton")[1]
+    expected = kvkern.prefix_attention(q, kv, return_lse=True)[1]
+    assert torch.equal(lse == -torch.inf, expected == -torch.inf)
+    finite = expected > -torch.inf
+    assert (lse[finite] - expected[finite]).abs().max() < 2e-6
+
+
+def test_bits_exp__as_c_has_it_and_no_library() -> None:
+    """exp_c of primitives.py against C's, over the whole range of bf16 scores and some that are finer."""
+
+    @triton.jit
+    def kernel(x_ptr, y_ptr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y_ptr + i, primitives.exp_c(tl.load(x_ptr + i)))
+
+    coarse = -torch.arange(1, 0x7F81, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float().abs()
+    fine = -torch.rand(1 << 15, generator=torch.Generator().manual_seed(0)) * 110
+    x = torch.cat([coarse, fine, torch.tensor([0.0, -104.0, -torch.inf])])
+    x = torch.cat([x, x.new_zeros((1 << x.numel().bit_length()) - x.numel())])
+    ours, theirs, libraries = torch.empty_like(x), torch.empty_like(x), x.exp()
+    kernel[(1,)](x, ours, x.numel())
+    native.library().kv_exp(x.data_ptr(), theirs.data_ptr(), x.numel())
+    assert int((ours.view(torch.int32) != theirs.view(torch.int32)).sum()) == 0
+    assert int((libraries.view(torch.int32) != theirs.view(torch.int32)).sum()) > 1000
+
+
+@triton.jit
+def _pairwise(lanes):
+    return tl.sum(tl.sum(tl.sum(tl.sum(tl.reshape(lanes, (8, 2)), axis=1).reshape(4, 2), axis=1).reshape(2, 2), axis=1))
+
+
+@triton.jit
+def _halve_kernel(x_ptr, y_ptr, WRONG: tl.constexpr):
+    lanes = tl.load(x_ptr + tl.program_id(0) * 16 + tl.arange(0, 16))
+    tl.store(y_ptr + tl.program_id(0), _pairwise(lanes) if WRONG else primitives.halve16(lanes))
+
+
+def test_bits_halve16__halves_and_no_other_order() -> None:
+    lanes = torch.rand(200, 16, generator=torch.Generator().manual_seed(0))
+    expected = lanes.clone()
+    for half in (8, 4, 2, 1):
+        expected = expected[:, :half] + expected[:, half : 2 * half]
+    ours, wrong = torch.empty(200), torch.empty(200)
+    _halve_kernel[(200,)](lanes, ours, False)
+    _halve_kernel[(200,)](lanes, wrong, True)
+    assert torch.equal(ours, expected[:, 0]) and not torch.equal(wrong, expected[:, 0])
+
+
+@triton.jit
+def _unrounded(value):
+    return value
+
+
+@triton.jit
+def _truncated(value):
+    return (value.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+
+
+def test_bits_triton__unrounded_scores_and_probabilities_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "high_half", _truncated)
+    monkeypatch.setattr(exact, "round16", _unrounded)
+    q, k, v = random_qkv(1, 8, 1, 2, 100, 64, spread=3.0)
+    assert same_as_c(q, KVView.from_dense(k, v, query_len=2)) > 0
+
+
+def test_bits_triton__re_associated_chains_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even before odd, as a careless dot product would: other bits."""
+    monkeypatch.setattr(exact, "widen_low", primitives.widen_high)
+    monkeypatch.setattr(exact, "widen_high", primitives.widen_low)
+    q, k, v = random_qkv(1, 4, 2, 2, 300, 64, spread=2.0)
+    assert same_as_c(q, KVView.from_dense(k, v, query_len=2)) > 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_bits_append__tokens_land_where_c_puts_them(head_dim: int) -> None:
+    k, v = torch.randn(2, 3, 2, 5, head_dim).bfloat16()
+    first, count = int32(62, 0, 130), int32(5, 0, 3)
+    shapes = (3, 2, 3, head_dim, 64), (3, 2, 3, 64, head_dim)
+    ours = [torch.full(shape, 7.0, dtype=torch.bfloat16) for shape in shapes]
+    theirs = [tensor.clone() for tensor in ours]
+    ops.append(k, v, *ours, first, count)
+    append(k, v, *theirs, first, count)
+    assert all(differing(a, b) == 0 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_ops__declare_what_they_write() -> None:
+    q, k, v = random_qkv(1, 2, 1, 1, 20, 64)
+    kv = KVView.from_dense(k, v)
+    need = triton_door.scratch_bytes(q, kv.block_table, 4, kv.suffix_k, 1 << 30)
+    arguments = (q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
+                 kv.suffix_k, kv.suffix_v, torch.empty(1, 1, 2, 64, dtype=torch.bfloat16), torch.empty(1, 2, 1),
+                 torch.zeros(need, dtype=torch.uint8), 4, 4096, 0, 0.125, 0)  # fmt: skip
+    torch.library.opcheck(ops.exact_attention.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    appended = (k, v, kv.suffix_k, kv.suffix_v, int32(0), int32(20))
+    torch.library.opcheck(ops.append.default, appended, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_raises_triton__arguments() -> None:
+    q, k, v = random_qkv(1, 2, 1, 1, 20, 64)
+    kv = KVView.from_dense(k, v)
+    odd = torch.zeros(1, 2, 1, 65, dtype=torch.bfloat16)[..., 1:]
+    for bad_q, bad_kv, field in (
+        (odd, kv, "q is at address"),
+        (q.float(), kv, "q is"),
+        (torch.zeros(1, 2, 1, 24, dtype=torch.bfloat16), kv, "head_dim is 24"),
+        (q, replace(kv, suffix_len=int32(65)), "suffix_k is"),
+        (q, replace(kv, prefix_len=int32(64)), "prefix_len is"),
+        (q, replace(kv, reader_prefix=int32(1)), "reader_prefix is"),
+    ):
+        with pytest.raises(kvkern.LayoutError, match=field):
+            kvkern.prefix_attention(bad_q, bad_kv, backend="triton")
+    with pytest.raises(kvkern.LayoutError, match="backend is 'cuda'"):
+        kvkern.resolve(q, kv, backend="cuda")
+    need = triton_door.scratch_bytes(q, kv.block_table, 4, kv.suffix_k, 0)
+    with pytest.raises(kvkern.LayoutError, match=f"scratch is {need - 1} bytes"):
+        _with_scratch(q, kv, need - 1)
+
+
+def _with_scratch(q: torch.Tensor, kv: KVView, nbytes: int) -> None:
+    ops.exact_attention(
+        q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len, kv.suffix_k,
+        kv.suffix_v, torch.empty(1, 1, 2, 64, dtype=torch.bfloat16), None, torch.empty(nbytes, dtype=torch.uint8),
+        4, 4096, 0, 0.125, 0,
+    )  # fmt: skip
+
+
+def test_resolve__says_what_would_run() -> None:
+    q, k, v = random_qkv(1, 2, 1, 1, 20, 64)
+    kv = KVView.from_dense(k, v)
+    assert kvkern.resolve(q, kv).backend == "c"
+    plan = kvkern.resolve(q, kv, backend="triton")
+    assert (plan.backend, plan.launches) == ("triton", 4) and "interpreter" in plan.reason
