@@ -1,0 +1,57 @@
+"""The compile gate catches what it is for: faults are put into kernels on purpose. Triton's compiler needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvkern
+
+CHECKOUT = Path(kvkern.__file__).parents[1]
+CAUGHT = {
+    "sm90: approximate exp": "ex2.approx",
+    "sm90: division that is not IEEE": "div.full",
+    "sm90: fused multiply-add": "fma.rn.f32",
+    "sm90: tensor core": "mma",
+    "sm90: barrier in a loop": "barriers inside loops",
+    "sm90: spill": "spills",
+    "gfx942: approximate exp": "v_exp",
+    "gfx942: fused multiply-add": "fma",
+    "gfx942: barrier in a loop": "barriers inside loops",
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[str]]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.broken_kernels"]
+    done = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("fault", CAUGHT)
+def test_gate__catches(said: dict[str, list[str]], fault: str) -> None:
+    assert any(CAUGHT[fault] in problem for problem in said[fault]), said[fault]
+
+
+@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+def test_gate__lets_a_sound_kernel_pass(said: dict[str, list[str]], target: str) -> None:
+    assert said[f"{target}: sound"] == []
+
+
+def test_gate__notices_figures_that_get_worse() -> None:
+    from bench.gate.__main__ import worse
+
+    record = {"registers": 64, "in_flight_bytes": 4096}
+    assert worse({"registers": 64, "in_flight_bytes": 4096}, record) == []
+    assert worse({"registers": 60, "in_flight_bytes": 5000}, record) == []
+    assert worse({"registers": 65, "in_flight_bytes": 4095}, record) == [
+        "registers is 65, on record is 64",
+        "in_flight_bytes is 4095, on record is 4096",
+    ]
