@@ -75,17 +75,19 @@ def score_kernel(
         q_ptrs = q_ptr + b * stride_qb + head * stride_qh + query * stride_qt + word * 0  # one address for all lanes
         even = tl.zeros([ROWS, WORDS], tl.float32)
         odd = tl.zeros([ROWS, WORDS], tl.float32)
-        for _ in range(0, HEAD_DIM // 2, UNROLL):
+        words = _words(k_ptrs, word >= 0, TILE // 2, 2 * UNROLL)
+        # A loop that carries the next trip's words keeps their loads under way; unrolled, the compiler delays them.
+        for start in range(0, HEAD_DIM // 2, UNROLL):
+            k_ptrs += UNROLL * TILE
+            upcoming = _words(k_ptrs, word * 0 + start + UNROLL < HEAD_DIM // 2, TILE // 2, 2 * UNROLL)
             for i in tl.static_range(UNROLL):
                 q = tl.load(q_ptrs + i)
-                k_first = tl.load(k_ptrs + 2 * i * (TILE // 2))
-                k_second = tl.load(k_ptrs + (2 * i + 1) * (TILE // 2))
-                even = tl.fma(widen_high(q), widen_low(k_second), even)
-                odd = tl.fma(widen_high(q), widen_high(k_second), odd)
-                even = tl.fma(widen_low(q), widen_low(k_first), even)
-                odd = tl.fma(widen_low(q), widen_high(k_first), odd)
+                even = tl.fma(widen_high(q), widen_low(words[2 * i + 1]), even)
+                odd = tl.fma(widen_high(q), widen_high(words[2 * i + 1]), odd)
+                even = tl.fma(widen_low(q), widen_low(words[2 * i]), even)
+                odd = tl.fma(widen_low(q), widen_high(words[2 * i]), odd)
             q_ptrs += UNROLL
-            k_ptrs += UNROLL * TILE
+            words = upcoming
         even = round16(round16(round16(even) * sm_scale) + 0.0)
         odd = round16(round16(round16(odd) * sm_scale) + 0.0)
         out_row = tl.program_id(1).to(tl.int64) * num_rows + row
@@ -161,7 +163,7 @@ def output_kernel(
     max_blocks, num_rows, max_query_len, first_query, key_run,
     total_rows: tl.int64, key_capacity: tl.int64,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    WORDS: tl.constexpr, PIECES: tl.constexpr, UNROLL: tl.constexpr,
+    WORDS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Chain p and V of ROWS rows and 2 * WORDS channels over one run of keys."""
     block, piece, reader_head = tl.program_id(0), tl.program_id(1) % PIECES, tl.program_id(1) // PIECES
@@ -186,37 +188,40 @@ def output_kernel(
         p_ptrs = t_ptr + p_row * (key_capacity // 2) + word * 0  # one address for all lanes
         even = tl.zeros([ROWS, WORDS], tl.float32)
         odd = tl.zeros([ROWS, WORDS], tl.float32)
-        for tile in range(first_key // TILE, tl.cdiv(end_key, TILE)):
-            if tile < shared_tiles:
-                entry = (prefix * max_blocks + tile // BLOCK_TILES).to(tl.int64) * 2 + 1
-                offset = tl.load(table_ptr + entry) // 2 + (tile % BLOCK_TILES) * stride_tile
-                offset += layer_offset + kv_head * (HEAD_DIM * TILE // 2)
-            else:
-                offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
-            v_ptrs = pool_ptr + offset + lane
-            tile_p = p_ptrs + tile * (TILE // 2)
-            if (tile + 1) * TILE <= fewest:
-                for start in range(0, TILE // 2, UNROLL):
-                    for i in tl.static_range(UNROLL):
-                        p = tl.load(tile_p + start + i)
-                        v_first = tl.load(v_ptrs + (start + i) * HEAD_DIM)
-                        v_second = tl.load(v_ptrs + (start + i) * HEAD_DIM + HEAD_DIM // 2)
-                        even = tl.fma(widen_high(p), widen_low(v_second), even)
-                        odd = tl.fma(widen_high(p), widen_high(v_second), odd)
-                        even = tl.fma(widen_low(p), widen_low(v_first), even)
-                        odd = tl.fma(widen_low(p), widen_high(v_first), odd)
-            else:  # a key that a row does not see must not touch its chain (A7)
-                for i in range(0, tl.cdiv(tl.minimum(end_key - tile * TILE, TILE), 2)):
-                    key = tile * TILE + 2 * i
-                    p = tl.load(tile_p + i)
-                    v_first = tl.load(v_ptrs + i * HEAD_DIM)
-                    v_second = tl.load(v_ptrs + i * HEAD_DIM + HEAD_DIM // 2)
-                    sees = key + 1 < visible
-                    even = tl.where(sees, tl.fma(widen_high(p), widen_low(v_second), even), even)
-                    odd = tl.where(sees, tl.fma(widen_high(p), widen_high(v_second), odd), odd)
-                    sees = key < visible
-                    even = tl.where(sees, tl.fma(widen_low(p), widen_low(v_first), even), even)
-                    odd = tl.where(sees, tl.fma(widen_low(p), widen_high(v_first), odd), odd)
+        suffix_start += b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
+        start = layer_offset + kv_head * (HEAD_DIM * TILE // 2)
+        blocks_ptr = table_ptr + (prefix * max_blocks).to(tl.int64) * 2 + 1
+        first_tile, last_tile = first_key // TILE, (end_key - 1) // TILE
+        whole_tiles = tl.minimum(fewest, first_key + run_keys) // TILE  # every row sees all keys of the tiles before
+        here = _v_offset(first_tile, shared_tiles, blocks_ptr, BLOCK_TILES, stride_tile, start, stride_st, suffix_start)
+        words = _words(pool_ptr + here + lane, lane * 0 + first_tile < whole_tiles, HEAD_DIM // 2, TILE)
+        next_tile = tl.minimum(first_tile + 1, last_tile)
+        there = _v_offset(next_tile, shared_tiles, blocks_ptr, BLOCK_TILES, stride_tile, start, stride_st, suffix_start)
+        for tile in range(first_tile, whole_tiles):  # the next tile is on its way while this one computes
+            upcoming = _words(pool_ptr + there + lane, lane * 0 + tile + 1 < whole_tiles, HEAD_DIM // 2, TILE)
+            later = tl.minimum(tile + 2, last_tile)
+            there = _v_offset(later, shared_tiles, blocks_ptr, BLOCK_TILES, stride_tile, start, stride_st, suffix_start)
+            for i in tl.static_range(TILE // 2):
+                p = tl.load(p_ptrs + tile * (TILE // 2) + i)
+                even = tl.fma(widen_high(p), widen_low(words[2 * i + 1]), even)
+                odd = tl.fma(widen_high(p), widen_high(words[2 * i + 1]), odd)
+                even = tl.fma(widen_low(p), widen_low(words[2 * i]), even)
+                odd = tl.fma(widen_low(p), widen_high(words[2 * i]), odd)
+            words = upcoming
+        # A key that a row does not see must not touch its chain (A7); what its slot holds is computed and dropped.
+        for half in range(2 * tl.maximum(whole_tiles, first_tile), 2 * last_tile + 2):
+            last = half // 2
+            place = _v_offset(last, shared_tiles, blocks_ptr, BLOCK_TILES, stride_tile, start, stride_st, suffix_start)
+            place += half % 2 * (TILE // 4 * HEAD_DIM)
+            rest = _words(pool_ptr + place + lane, lane >= 0, HEAD_DIM // 2, TILE // 2)
+            for i in tl.static_range(TILE // 4):
+                p = tl.load(p_ptrs + half * (TILE // 4) + i)
+                sees = half * (TILE // 2) + 2 * i + 1 < visible
+                even = tl.where(sees, tl.fma(widen_high(p), widen_low(rest[2 * i + 1]), even), even)
+                odd = tl.where(sees, tl.fma(widen_high(p), widen_high(rest[2 * i + 1]), odd), odd)
+                sees = half * (TILE // 2) + 2 * i < visible
+                even = tl.where(sees, tl.fma(widen_low(p), widen_low(rest[2 * i]), even), even)
+                odd = tl.where(sees, tl.fma(widen_low(p), widen_high(rest[2 * i]), odd), odd)
         out_row = tl.program_id(2) * total_rows + reader_head.to(tl.int64) * num_rows + row
         out_ptrs = partial_ptr + out_row * HEAD_DIM + 2 * word
         mask = (row < num_rows) & (word < HEAD_DIM // 2)
@@ -255,6 +260,24 @@ def fold_kernel(
     bits = tl.where(is_nan, 0x7FC0, bits)
     bits = tl.where(visible > 0, bits, 0)
     tl.store(out_ptr + b * stride_ob + query * stride_ot + head * stride_oh + channel, bits.to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _words(ptrs, mask, step: tl.constexpr, COUNT: tl.constexpr):
+    """Load COUNT words that lie `step` apart: a tuple of tensors, so that all of the loads are under way together."""
+    words = ()
+    for i in tl.static_range(COUNT):
+        words = words + (tl.load(ptrs + i * step, mask=mask, other=0),)
+    return words
+
+
+@triton.jit
+def _v_offset(tile, shared_tiles, blocks_ptr, BLOCK_TILES: tl.constexpr, stride_tile, start, stride_st, suffix_start):
+    """Where a tile of V begins, in words from the pool."""
+    in_pool = tile < shared_tiles
+    block = tl.load(blocks_ptr + (tile // BLOCK_TILES) * 2, mask=in_pool, other=0) // 2
+    place = block + (tile % BLOCK_TILES) * stride_tile + start
+    return tl.where(in_pool, place, suffix_start + tile * stride_st)
 
 
 @triton.jit

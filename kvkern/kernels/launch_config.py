@@ -28,7 +28,6 @@ class ExactConfig:
         softmax_steps: groups of 16 keys whose loads are in flight together.
         softmax_warps: warps of a row's program.
         output_words: words of two channels that an output program takes.
-        output_unroll: key pairs whose loads are in flight together.
         output_warps: warps of an output program.
         fold_warps: warps of a fold program.
     """
@@ -41,7 +40,6 @@ class ExactConfig:
     softmax_steps: int
     softmax_warps: int
     output_words: int
-    output_unroll: int
     output_warps: int
     fold_warps: int
 

@@ -198,7 +198,7 @@ def attend(
             t32, words, block_table, *lengths, run_sums,
             (suffix_v.data_ptr() - base) // 4, *suffix_strides, *place,
             num_rows, max_query_len, first_query, key_run, total_rows, layout.key_capacity,
-            ROWS=rows, WORDS=output_words, PIECES=pieces, UNROLL=config.output_unroll,
+            ROWS=rows, WORDS=output_words, PIECES=pieces,
             num_warps=config.output_warps, **tiles,
         )  # fmt: skip
         exact.fold_kernel[(num_rows, batch * num_kv_heads)](

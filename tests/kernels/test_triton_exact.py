@@ -21,10 +21,9 @@ BASE = exact_config("interpreter")
 # No bit may depend on any of these: programs of one row and of many, of one tile and of many, short and long trips.
 CONFIGS = {
     "shipped": BASE,
-    "narrow": replace(BASE, rows=4, score_words=32, score_unroll=4, softmax_keys=256, softmax_steps=2, output_words=16,
-                      output_unroll=8),
+    "narrow": replace(BASE, rows=4, score_words=32, score_unroll=4, softmax_keys=256, softmax_steps=2, output_words=16),
     "middle": replace(BASE, rows=16, score_words=64, score_unroll=16, softmax_keys=512, softmax_steps=4,
-                      output_words=32, output_unroll=16),
+                      output_words=32),
 }  # fmt: skip
 
 
