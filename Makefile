@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long bench lint csrc clean distclean
+.PHONY: help demo test test-long bench gate lint csrc clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ bench: $(VENV)/.ready ## verify bits, then time; writes bench/results
 	@mkdir -p build
 	$(PY) -m pytest bench -q -s --benchmark-quiet --benchmark-json=build/bench.json
 	$(PY) bench/report.py build/bench.json
+
+gate: $(VENV)/.ready ## compile the GPU kernels for four architectures and hold their figures; needs no GPU
+	$(PY) -m bench.gate
 
 lint: $(VENV)/.ready ## style, format, import contracts
 	$(VENV)/bin/ruff check .

@@ -26,7 +26,7 @@ def exact_cases(target: str) -> list[Case]:
         score = {**shape, "ROWS": rows, "WORDS": config.score_words, "UNROLL": config.score_unroll_for(head_dim)}
         output = {**shape, "ROWS": rows, "WORDS": words}
         output["PIECES"] = -(-head_dim // 2 // words)
-        fold = {**heads, "HEAD_DIM": head_dim, "LANES": lanes}
+        fold = {**heads, "HEAD_DIM": head_dim, "LANES": lanes, "RUNS": config.fold_runs}
         cases += [
             Case(f"score/{name}", exact.score_kernel, score, config.score_warps),
             Case(f"output/{name}", exact.output_kernel, output, config.output_warps),

@@ -106,7 +106,7 @@ def softmax_kernel(
     key_capacity: tl.int64,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Turn a row of scores into probabilities. KEYS per pass, a multiple of 16 * STEPS."""
+    """Turn a row of scores into probabilities: KEYS per pass; in the sum, STEPS loads of 16 keys are under way."""
     row, b, kv_head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     program = tl.program_id(1).to(tl.int64) * num_rows + row
     query = first_query + row // GROUP
@@ -131,9 +131,13 @@ def softmax_kernel(
     tl.debug_barrier()  # the sum reads what other threads have just written
 
     sums = tl.zeros([16], tl.float32)
-    for start in range(0, visible, 16 * STEPS):
+    lane16 = tl.arange(0, 16)
+    terms = _words(e_row + lane16, lane16 < visible, 16, STEPS)
+    for start in range(16 * STEPS, visible + 16 * STEPS, 16 * STEPS):  # the next terms are on their way meanwhile
+        upcoming = _words(e_row + start + lane16, lane16 + start < visible, 16, STEPS)
         for step in tl.static_range(STEPS):
-            sums += tl.load(e_row + start + 16 * step + tl.arange(0, 16))
+            sums += terms[step]
+        terms = upcoming
     total = halve16(sums)
     total = tl.where(total > 0.0, total, 1.0)  # a row that sees nothing, or that is NaN, divides by something
     reciprocal = tl.div_rn(1.0, total)
@@ -238,9 +242,9 @@ def fold_kernel(
     stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
     num_rows, max_query_len, first_query, key_run,
     total_rows: tl.int64,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Add the run sums of one row, left to right, and round."""
+    """Add the run sums of one row, left to right, and round; RUNS of them are loaded together."""
     row, b, kv_head = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     program = tl.program_id(1).to(tl.int64) * num_rows + row
     query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
@@ -252,9 +256,15 @@ def fold_kernel(
     channel = tl.arange(0, LANES)
     inside = channel < HEAD_DIM
     ptrs = partial_ptr + program * HEAD_DIM + channel
-    total = tl.load(ptrs, mask=inside & (channel * 0 + runs > 0), other=0.0)
-    for run in range(1, runs):
-        total += tl.load(ptrs + run * total_rows * HEAD_DIM, mask=inside, other=0.0)
+    has_any = channel * 0 + runs > 0
+    total = tl.load(ptrs, mask=inside & has_any, other=0.0)
+    for first in range(1, runs, RUNS):
+        run_sums = ()
+        for i in tl.static_range(RUNS):
+            there = inside & (channel * 0 + first + i < runs)
+            run_sums = run_sums + (tl.load(ptrs + (first + i) * total_rows * HEAD_DIM, mask=there, other=0.0),)
+        for i in tl.static_range(RUNS):
+            total = tl.where(channel * 0 + first + i < runs, total + run_sums[i], total)
     bits = high_half(round16(total))
     is_nan = (total != total) | (tl.load(flag_ptr + program) != 0)
     bits = tl.where(is_nan, 0x7FC0, bits)

@@ -29,6 +29,7 @@ class ExactConfig:
         softmax_warps: warps of a row's program.
         output_words: words of two channels that an output program takes.
         output_warps: warps of an output program.
+        fold_runs: run sums whose loads are in flight together.
         fold_warps: warps of a fold program.
     """
 
@@ -41,6 +42,7 @@ class ExactConfig:
     softmax_warps: int
     output_words: int
     output_warps: int
+    fold_runs: int
     fold_warps: int
 
     def rows_for(self, num_rows: int) -> int:

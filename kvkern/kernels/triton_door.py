@@ -205,5 +205,6 @@ def attend(
             run_sums, flag, out.view(torch.int16), *lengths,
             out.stride(0), out.stride(1), out.stride(2),
             num_rows, max_query_len, first_query, key_run, total_rows,
-            HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), num_warps=config.fold_warps, **heads,
+            HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), RUNS=config.fold_runs,
+            num_warps=config.fold_warps, **heads,
         )  # fmt: skip

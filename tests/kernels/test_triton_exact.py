@@ -22,7 +22,7 @@ BASE = exact_config("interpreter")
 CONFIGS = {
     "shipped": BASE,
     "narrow": replace(BASE, rows=4, score_words=32, score_unroll=4, softmax_keys=256, softmax_steps=2, output_words=16),
-    "middle": replace(BASE, rows=16, score_words=64, score_unroll=16, softmax_keys=512, softmax_steps=4,
+    "middle": replace(BASE, rows=16, score_words=64, score_unroll=16, softmax_keys=512, softmax_steps=4, fold_runs=1,
                       output_words=32),
 }  # fmt: skip
 
