@@ -18,13 +18,17 @@ def exact_cases(target: str) -> list[Case]:
     config = exact_config(target)
     cases = []
     for group, head_dim in SHAPES if target == MAIN_TARGET else SHAPES[:EVERYWHERE]:
-        rows = config.rows_for(group)
         words = config.output_words_for(head_dim)
         lanes = 1 << (head_dim - 1).bit_length()
         heads, name = {"KV_HEADS": 8, "GROUP": group}, f"G{group}-D{head_dim}"
         shape = {**heads, "HEAD_DIM": head_dim, "BLOCK_TILES": BLOCK_TILES}
-        score = {**shape, "ROWS": rows, "WORDS": config.score_words, "UNROLL": config.score_unroll_for(head_dim)}
-        output = {**shape, "ROWS": rows, "WORDS": words}
+        score = {
+            **shape,
+            "ROWS": min(config.score_rows, group),
+            "WORDS": config.score_words,
+            "UNROLL": config.score_unroll_for(head_dim),
+        }
+        output = {**shape, "ROWS": min(config.output_rows, group), "WORDS": words}
         output["PIECES"] = -(-head_dim // 2 // words)
         fold = {**heads, "HEAD_DIM": head_dim, "LANES": lanes, "RUNS": config.fold_runs}
         cases += [

@@ -1,8 +1,8 @@
 """The predicted time of one exact decode layer on an H100: `python -m bench.gate.model`.
 
 Written down before any measurement; `bench/gpu.py` prints it beside what a GPU then says. A kernel takes the longest of
-four: its bytes at the copy bandwidth, its bytes at what its warps have in flight, its instructions, its longest chain; and
-once the latency of memory. Readers of one prefix take its tiles from HBM once and from L2 after that.
+four: its bytes at the copy bandwidth, its bytes at what its warps have in flight, its instructions, its longest chain;
+and once the latency of memory. Readers of one prefix take its tiles from HBM once and from L2 after that.
 """
 
 from __future__ import annotations

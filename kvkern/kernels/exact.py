@@ -9,7 +9,9 @@ Bits depend on q, K and V by position, sm_scale and key_run alone. A program own
 except in the max, which has no order, and in halve16. Two neighbouring bf16 travel in one 32-bit word: keys in a K
 tile, channels in a V tile, channels in q, keys in p. Critical paths: score, head_dim dependent fmas; softmax, keys / 16
 dependent adds; output, 512 (or 1,024) dependent fmas; fold, one add per run. No kernel divides by a number that is not
-known when it is compiled, because some targets divide integers by floating point.
+known when it is compiled, because some targets divide integers by floating point. Rows are tuples of tensors over
+lanes, and q and p are scalars: a tensor of two axes would get layouts that differ from load to load in some versions of
+Triton, with a barrier for each conversion.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def score_kernel(
     last_row = tl.minimum(block * ROWS + ROWS, num_rows) - 1
     most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
     if 2 * first_word < most:
-        word = first_word + tl.arange(0, WORDS)[None, :]
+        word = first_word + tl.arange(0, WORDS)
         tile = tl.minimum(word // (TILE // 2), (keys - 1) // TILE)  # lanes past the last key read what nobody sees
         in_pool = tile < shared_tiles
         entry = (prefix * max_blocks + tl.minimum(tile // BLOCK_TILES, max_blocks - 1)).to(tl.int64) * 2
@@ -68,31 +70,38 @@ def score_kernel(
         suffix_offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
         k_ptrs = pool_ptr + tl.where(in_pool, pool_offset, suffix_offset) + word % (TILE // 2)
 
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
-        real = tl.minimum(row, num_rows - 1)
-        query = first_query + real // GROUP
-        head = kv_head * GROUP + real % GROUP
-        q_ptrs = q_ptr + b * stride_qb + head * stride_qh + query * stride_qt + word * 0  # one address for all lanes
-        even = tl.zeros([ROWS, WORDS], tl.float32)
-        odd = tl.zeros([ROWS, WORDS], tl.float32)
+        q_starts = ()
+        even = ()
+        odd = ()
+        for r in tl.static_range(ROWS):
+            real = tl.minimum(block * ROWS + r, num_rows - 1)
+            head, query = kv_head * GROUP + real % GROUP, first_query + real // GROUP
+            q_starts = q_starts + (q_ptr + b * stride_qb + head * stride_qh + query * stride_qt,)
+            even = even + (tl.zeros([WORDS], tl.float32),)
+            odd = odd + (tl.zeros([WORDS], tl.float32),)
         words = _words(k_ptrs, word >= 0, TILE // 2, 2 * UNROLL)
         # A loop that carries the next trip's words keeps their loads under way; unrolled, the compiler delays them.
         for start in range(0, HEAD_DIM // 2, UNROLL):
             k_ptrs += UNROLL * TILE
             upcoming = _words(k_ptrs, word * 0 + start + UNROLL < HEAD_DIM // 2, TILE // 2, 2 * UNROLL)
             for i in tl.static_range(UNROLL):
-                q = tl.load(q_ptrs + i)
-                even = tl.fma(widen_high(q), widen_low(words[2 * i + 1]), even)
-                odd = tl.fma(widen_high(q), widen_high(words[2 * i + 1]), odd)
-                even = tl.fma(widen_low(q), widen_low(words[2 * i]), even)
-                odd = tl.fma(widen_low(q), widen_high(words[2 * i]), odd)
-            q_ptrs += UNROLL
+                next_even = ()
+                next_odd = ()
+                for r in tl.static_range(ROWS):
+                    q = tl.load(q_starts[r] + start + i)
+                    next_even = next_even + (_pair(q, widen_low(words[2 * i]), widen_low(words[2 * i + 1]), even[r]),)
+                    next_odd = next_odd + (_pair(q, widen_high(words[2 * i]), widen_high(words[2 * i + 1]), odd[r]),)
+                even = next_even
+                odd = next_odd
             words = upcoming
-        even = round16(round16(round16(even) * sm_scale) + 0.0)
-        odd = round16(round16(round16(odd) * sm_scale) + 0.0)
-        out_row = tl.program_id(1).to(tl.int64) * num_rows + row
-        packed = high_half(even) | (high_half(odd) << 16)
-        tl.store(t_ptr + out_row * (key_capacity // 2) + word, packed, mask=row < num_rows)
+        for r in tl.static_range(ROWS):
+            row = block * ROWS + r
+            if row < num_rows:
+                low = round16(round16(round16(even[r]) * sm_scale) + 0.0)
+                high = round16(round16(round16(odd[r]) * sm_scale) + 0.0)
+                out_row = tl.program_id(1).to(tl.int64) * num_rows + row
+                packed = high_half(low) | (high_half(high) << 16)
+                tl.store(t_ptr + out_row * (key_capacity // 2) + word, packed)
 
 
 @triton.jit
@@ -183,15 +192,17 @@ def output_kernel(
     if first_key < most:
         fewest = keys - (max_query_len - 1 - (first_query + first_row // GROUP))
         end_key = tl.minimum(first_key + run_keys, most)
-        word = piece * WORDS + tl.arange(0, WORDS)[None, :]
+        word = piece * WORDS + tl.arange(0, WORDS)
         lane = tl.minimum(word, HEAD_DIM // 2 - 1)
-        row = first_row + tl.arange(0, ROWS)[:, None]
-        real = tl.minimum(row, num_rows - 1)
-        visible = keys - (max_query_len - 1 - (first_query + real // GROUP)) + word * 0
-        p_row = reader_head.to(tl.int64) * num_rows + real
-        p_ptrs = t_ptr + p_row * (key_capacity // 2) + word * 0  # one address for all lanes
-        even = tl.zeros([ROWS, WORDS], tl.float32)
-        odd = tl.zeros([ROWS, WORDS], tl.float32)
+        p_starts = ()
+        even = ()
+        odd = ()
+        for r in tl.static_range(ROWS):
+            real = tl.minimum(first_row + r, num_rows - 1)
+            p_row = reader_head.to(tl.int64) * num_rows + real
+            p_starts = p_starts + (t_ptr + p_row * (key_capacity // 2),)
+            even = even + (tl.zeros([WORDS], tl.float32),)
+            odd = odd + (tl.zeros([WORDS], tl.float32),)
         suffix_start += b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
         start = layer_offset + kv_head * (HEAD_DIM * TILE // 2)
         blocks_ptr = table_ptr + (prefix * max_blocks).to(tl.int64) * 2 + 1
@@ -206,31 +217,41 @@ def output_kernel(
             later = tl.minimum(tile + 2, last_tile)
             there = _v_offset(later, shared_tiles, blocks_ptr, BLOCK_TILES, stride_tile, start, stride_st, suffix_start)
             for i in tl.static_range(TILE // 2):
-                p = tl.load(p_ptrs + tile * (TILE // 2) + i)
-                even = tl.fma(widen_high(p), widen_low(words[2 * i + 1]), even)
-                odd = tl.fma(widen_high(p), widen_high(words[2 * i + 1]), odd)
-                even = tl.fma(widen_low(p), widen_low(words[2 * i]), even)
-                odd = tl.fma(widen_low(p), widen_high(words[2 * i]), odd)
+                next_even = ()
+                next_odd = ()
+                for r in tl.static_range(ROWS):
+                    p = tl.load(p_starts[r] + tile * (TILE // 2) + i)
+                    next_even = next_even + (_pair(p, widen_low(words[2 * i]), widen_low(words[2 * i + 1]), even[r]),)
+                    next_odd = next_odd + (_pair(p, widen_high(words[2 * i]), widen_high(words[2 * i + 1]), odd[r]),)
+                even = next_even
+                odd = next_odd
             words = upcoming
         # A key that a row does not see must not touch its chain (A7); what its slot holds is computed and dropped.
-        for half in range(2 * tl.maximum(whole_tiles, first_tile), 2 * last_tile + 2):
-            last = half // 2
+        for part in range(4 * tl.maximum(whole_tiles, first_tile), 4 * last_tile + 4):
+            last = part // 4
             place = _v_offset(last, shared_tiles, blocks_ptr, BLOCK_TILES, stride_tile, start, stride_st, suffix_start)
-            place += half % 2 * (TILE // 4 * HEAD_DIM)
-            rest = _words(pool_ptr + place + lane, lane >= 0, HEAD_DIM // 2, TILE // 2)
-            for i in tl.static_range(TILE // 4):
-                p = tl.load(p_ptrs + half * (TILE // 4) + i)
-                sees = half * (TILE // 2) + 2 * i + 1 < visible
-                even = tl.where(sees, tl.fma(widen_high(p), widen_low(rest[2 * i + 1]), even), even)
-                odd = tl.where(sees, tl.fma(widen_high(p), widen_high(rest[2 * i + 1]), odd), odd)
-                sees = half * (TILE // 2) + 2 * i < visible
-                even = tl.where(sees, tl.fma(widen_low(p), widen_low(rest[2 * i]), even), even)
-                odd = tl.where(sees, tl.fma(widen_low(p), widen_high(rest[2 * i]), odd), odd)
-        out_row = tl.program_id(2) * total_rows + reader_head.to(tl.int64) * num_rows + row
-        out_ptrs = partial_ptr + out_row * HEAD_DIM + 2 * word
-        mask = (row < num_rows) & (word < HEAD_DIM // 2)
-        tl.store(out_ptrs, even, mask=mask)
-        tl.store(out_ptrs + 1, odd, mask=mask)
+            place += part % 4 * (TILE // 8 * HEAD_DIM)
+            rest = _words(pool_ptr + place + lane, lane >= 0, HEAD_DIM // 2, TILE // 4)
+            for i in tl.static_range(TILE // 8):
+                next_even = ()
+                next_odd = ()
+                for r in tl.static_range(ROWS):
+                    p = tl.load(p_starts[r] + part * (TILE // 8) + i)
+                    real = tl.minimum(first_row + r, num_rows - 1)
+                    seen = keys - (max_query_len - 1 - (first_query + real // GROUP)) - (part * (TILE // 4) + 2 * i)
+                    first_even, second_even = widen_low(rest[2 * i]), widen_low(rest[2 * i + 1])
+                    first_odd, second_odd = widen_high(rest[2 * i]), widen_high(rest[2 * i + 1])
+                    next_even = next_even + (_masked_pair(p, first_even, second_even, even[r], seen),)
+                    next_odd = next_odd + (_masked_pair(p, first_odd, second_odd, odd[r], seen),)
+                even = next_even
+                odd = next_odd
+        inside = word < HEAD_DIM // 2
+        for r in tl.static_range(ROWS):
+            if first_row + r < num_rows:
+                out_row = tl.program_id(2) * total_rows + reader_head.to(tl.int64) * num_rows + first_row + r
+                out_ptrs = partial_ptr + out_row * HEAD_DIM + 2 * word
+                tl.store(out_ptrs, even[r], mask=inside)
+                tl.store(out_ptrs + 1, odd[r], mask=inside)
 
 
 @triton.jit
@@ -270,6 +291,19 @@ def fold_kernel(
     bits = tl.where(is_nan, 0x7FC0, bits)
     bits = tl.where(visible > 0, bits, 0)
     tl.store(out_ptr + b * stride_ob + query * stride_ot + head * stride_oh + channel, bits.to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _pair(factors, first, second, total):
+    """Add a pair to a chain, the odd element first; the two factors, equal for all lanes, travel in one word."""
+    return tl.fma(widen_low(factors), first, tl.fma(widen_high(factors), second, total))
+
+
+@triton.jit
+def _masked_pair(factors, first, second, total, seen):
+    """Add a pair of which only the first `seen` elements belong to the chain."""
+    total = tl.where(seen > 1, tl.fma(widen_high(factors), second, total), total)
+    return tl.where(seen > 0, tl.fma(widen_low(factors), first, total), total)
 
 
 @triton.jit

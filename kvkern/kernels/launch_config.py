@@ -20,34 +20,32 @@ class ExactConfig:
     """How the four exact kernels are launched.
 
     Attributes:
-        rows: query rows that a program takes at most.
+        score_rows: query rows that a score program takes at most.
         score_words: words of two keys that a score program takes.
         score_unroll: channel pairs whose loads are in flight together.
         score_warps: warps of a score program.
         softmax_keys: keys per pass of a row.
         softmax_steps: groups of 16 keys whose loads are in flight together.
         softmax_warps: warps of a row's program.
+        output_rows: query rows that an output program takes at most.
         output_words: words of two channels that an output program takes.
         output_warps: warps of an output program.
         fold_runs: run sums whose loads are in flight together.
         fold_warps: warps of a fold program.
     """
 
-    rows: int
+    score_rows: int
     score_words: int
     score_unroll: int
     score_warps: int
     softmax_keys: int
     softmax_steps: int
     softmax_warps: int
+    output_rows: int
     output_words: int
     output_warps: int
     fold_runs: int
     fold_warps: int
-
-    def rows_for(self, num_rows: int) -> int:
-        """Rows of a program: a power of two, no more than needed."""
-        return min(self.rows, 1 << max(0, num_rows - 1).bit_length())
 
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""

@@ -177,13 +177,13 @@ def attend(
         t, e, run_sums, flag = (scratch[start:] for start in (layout.t, layout.e, layout.partial, layout.flag))
         t16, t32, e = t.view(torch.int16), t.view(torch.int32), e.view(torch.float32)
         run_sums, flag = run_sums.view(torch.float32), flag.view(torch.int32)
-        rows = config.rows_for(num_rows)
-        row_blocks = -(-num_rows // rows)
-        exact.score_kernel[(row_blocks, batch * num_kv_heads, layout.key_capacity // (2 * config.score_words))](
+        score_rows, output_rows = min(config.score_rows, num_rows), min(config.output_rows, num_rows)
+        score_grid = (-(-num_rows // score_rows), batch * num_kv_heads, layout.key_capacity // (2 * config.score_words))
+        exact.score_kernel[score_grid](
             q_words, words, block_table, *lengths, t32,
             *(stride // 2 for stride in q.stride()[:3]), (suffix_k.data_ptr() - base) // 4, *suffix_strides, *place,
             num_rows, max_query_len, first_query, layout.key_capacity, sm_scale,
-            ROWS=rows, WORDS=config.score_words, UNROLL=config.score_unroll_for(head_dim),
+            ROWS=score_rows, WORDS=config.score_words, UNROLL=config.score_unroll_for(head_dim),
             num_warps=config.score_warps, **tiles,
         )  # fmt: skip
         exact.softmax_kernel[(num_rows, batch * num_kv_heads)](
@@ -194,11 +194,11 @@ def attend(
         )  # fmt: skip
         output_words = config.output_words_for(head_dim)
         pieces = -(-head_dim // 2 // output_words)
-        exact.output_kernel[(row_blocks, batch * num_kv_heads * pieces, layout.runs)](
+        exact.output_kernel[(-(-num_rows // output_rows), batch * num_kv_heads * pieces, layout.runs)](
             t32, words, block_table, *lengths, run_sums,
             (suffix_v.data_ptr() - base) // 4, *suffix_strides, *place,
             num_rows, max_query_len, first_query, key_run, total_rows, layout.key_capacity,
-            ROWS=rows, WORDS=output_words, PIECES=pieces,
+            ROWS=output_rows, WORDS=output_words, PIECES=pieces,
             num_warps=config.output_warps, **tiles,
         )  # fmt: skip
         exact.fold_kernel[(num_rows, batch * num_kv_heads)](
