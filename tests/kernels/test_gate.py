@@ -55,3 +55,18 @@ def test_gate__notices_figures_that_get_worse() -> None:
         "registers is 65, on record is 64",
         "in_flight_bytes is 4095, on record is 4096",
     ]
+
+
+def test_gpu_script__runs_in_the_interpreter(tmp_path: Path) -> None:
+    """The script for a GPU cannot rot: all parts, tiny shapes, and every line that it writes."""
+    out = tmp_path / "gpu.jsonl"
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["verdict"] for row in rows if "verdict" in row] == ["equal"]
+    exact = [row for row in rows if row.get("cell", "").startswith("exact")]
+    assert len(exact) == 2 and all(row["differ"] == 0 for row in exact)
+    assert {row["device"] for row in rows} == {"cpu, Triton's interpreter"}
+    assert any(row.get("absent") == "not installed" for row in rows if row["part"] == "peers")

@@ -1,0 +1,233 @@
+"""One script for a GPU: bits of the exact kernels, device times, peers. `python -m bench.gpu --part P`.
+
+Each part takes under eight minutes and appends a JSON line after every cell, so that nothing is lost when it is cut:
+  bits   every output of random calls against the C reference, until 10^8 have been compared
+  cells  device time of one decode layer by events and by graph replay, beside copy bandwidth and prediction
+  peers  torch's sdpa by back end on the same keys, dense; a peer that is not installed is a row that says absent
+On a CPU with TRITON_INTERPRET=1 tiny shapes run, so that the script cannot rot. It needs the base dependencies alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+import kvkern
+from bench.gate.model import Machine, costs
+from kvkern.attention import KVView, launch
+from kvkern.contract import CONTRACT_ID
+from kvkern.kernels import triton_door
+from kvkern.kernels.launch_config import exact_config
+from tests.support.views import random_qkv, shared_view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+GATE_TABLE = Path(__file__).parent / "gate" / "table.json"
+IS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if IS_GPU else "cpu")
+READERS = (1, 2, 4, 8)
+KEYS = (3774, 32768) if IS_GPU else (70,)
+OUTPUTS = 100_000_000 if IS_GPU else 100
+SECONDS = 420 if IS_GPU else 60
+BUFFERS = 8 if IS_GPU else 2
+ROUNDS = 200 if IS_GPU else 1
+
+
+def main() -> None:
+    """Run one part, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"))
+    arguments = parser.parse_args()
+    for name in PARTS if arguments.part == "all" else [arguments.part]:
+        for row in PARTS[name]():
+            line = json.dumps({"part": name, **row, **host()})
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
+            print(json.dumps({"part": name, **row}), flush=True)
+
+
+def host() -> dict[str, Any]:
+    """Say what decides the figures."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if IS_GPU else "cpu, Triton's interpreter",
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "kvkern": kvkern.__version__,
+        "python": platform.python_version(),
+        "contract": CONTRACT_ID,
+    }
+
+
+def on_device(kv: KVView) -> KVView:
+    """Copy a view to the device."""
+    moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in vars(kv).items()}
+    return KVView(**moved)
+
+
+def bits() -> Iterator[dict[str, Any]]:
+    """Compare outputs with the C reference, shape by shape."""
+    shapes = [  # batch, group, kv_heads, head_dim, rows, columns, prefix
+        (1, 4, 8, 128, 1, 3774, 3700), (8, 4, 8, 128, 1, 3774, 3700), (4, 3, 3, 64, 5, 1100, 1000),
+        (2, 4, 8, 128, 64, 1300, 1023), (3, 8, 2, 96, 9, 2050, 511), (2, 2, 2, 256, 3, 600, 65),
+    ] if IS_GPU else [(1, 2, 1, 64, 1, 70, 64), (2, 1, 1, 64, 2, 66, 1)]  # fmt: skip
+    compared = differ = round_ = 0
+    start = time.perf_counter()
+    while compared < OUTPUTS and time.perf_counter() - start < SECONDS:
+        batch, group, kv_heads, head_dim, rows, columns, prefix = shapes[round_ % len(shapes)]
+        q, k, v = random_qkv(batch, group, kv_heads, rows, columns, head_dim, spread=1.0 + round_ % 5, seed=round_)
+        k[1:, :, :prefix], v[1:, :, :prefix] = k[:1, :, :prefix], v[:1, :, :prefix]
+        kv = shared_view(k, v, prefix, [rows] * batch, seed=round_, layers=2, layer=1)
+        for key_run in ("stock", 512):
+            expected = kvkern.prefix_attention(q, kv, key_run=key_run, backend="c")
+            ours = kvkern.prefix_attention(q.to(DEVICE), on_device(kv), key_run=key_run, backend="triton").cpu()
+            differ += int((ours.view(torch.int16) != expected.view(torch.int16)).sum())
+            compared += ours.numel()
+        round_ += 1
+        if round_ % len(shapes) == 0 or compared >= OUTPUTS:
+            yield {"compared": compared, "differ": differ, "rounds": round_}
+    if not differ and compared >= OUTPUTS:
+        yield {"verdict": "equal", "compared": compared, "differ": 0}
+    else:
+        yield {"verdict": "DIFFERENT" if differ else "cut off", "compared": compared, "differ": differ}
+
+
+def cells() -> Iterator[dict[str, Any]]:
+    """Time one decode layer, bits first."""
+    copied = copy_bandwidth()
+    yield {"cell": "copy", "gbps": copied / 1e9}
+    record = json.loads(GATE_TABLE.read_text())
+    facts = record.get(triton.__version__, record[max(record)])["sm90"]
+    for keys in KEYS:
+        for readers in READERS if IS_GPU else READERS[:2]:
+            layers = [decode_layer(readers, keys, seed) for seed in range(BUFFERS)]
+            differ = sum(bits_of(*layer) for layer in layers[:1])
+            moved = kvkern.resolve(layers[0][0].to(DEVICE), on_device(layers[0][1]), backend="triton").bytes_moved
+            calls = [call(q.to(DEVICE), on_device(kv)) for q, kv in layers]
+            predicted = sum(cost.seconds(Machine()) for cost in costs(readers, keys, exact_config("sm90"), facts))
+            predicted += (triton_door.LAUNCHES - 1) * Machine().boundary_s
+            event_s, graph_s = by_events(calls), by_graph(calls)
+            best = graph_s or event_s
+            yield {
+                "cell": f"exact-B{readers}-P{keys}", "differ": differ, "bytes_moved": moved, "event_us": event_s * 1e6,
+                "graph_us": graph_s and graph_s * 1e6, "predicted_us": predicted * 1e6, "gbps": moved / best / 1e9,
+                "percent_of_copy": 100 * moved / best / copied, "launches": triton_door.LAUNCHES,
+            }  # fmt: skip
+
+
+def peers() -> Iterator[dict[str, Any]]:
+    """Time dense attention of torch on the same shapes: another arithmetic, so no bits are compared."""
+    backends = torch.nn.attention.SDPBackend
+    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    for keys in KEYS:
+        for readers in READERS if IS_GPU else READERS[:1]:
+            for name in names:
+                try:
+                    seconds = by_events(
+                        [dense(readers, keys, seed, getattr(backends, name)) for seed in range(BUFFERS)]
+                    )
+                    yield {"cell": f"sdpa-{name}-B{readers}-P{keys}", "event_us": seconds * 1e6}
+                except RuntimeError as error:
+                    yield {"cell": f"sdpa-{name}-B{readers}-P{keys}", "absent": str(error).splitlines()[0][:120]}
+    for package in ("flashinfer", "flash_attn"):
+        try:
+            __import__(package)
+            yield {"cell": package, "absent": "installed, but not measured by this version"}
+        except ImportError:
+            yield {"cell": package, "absent": "not installed"}
+
+
+PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"bits": bits, "cells": cells, "peers": peers}
+
+
+def decode_layer(readers: int, keys: int, seed: int) -> tuple[torch.Tensor, KVView]:
+    """Return q and a view of one decode step; Qwen3-4B's layer on a GPU."""
+    group, kv_heads, head_dim = (4, 8, 128) if IS_GPU else (1, 1, 64)
+    q, k, v = random_qkv(1, group, kv_heads, 1, keys + 1, head_dim, seed=seed)
+    q, k, v = (x.expand(readers, -1, -1, -1).contiguous() for x in (q, k, v))
+    return q, shared_view(k, v, keys, [1] * readers, seed=seed)
+
+
+def bits_of(q: torch.Tensor, kv: KVView) -> int:
+    """Count differing outputs of a layer."""
+    ours = kvkern.prefix_attention(q.to(DEVICE), on_device(kv), backend="triton").cpu()
+    return int((ours.view(torch.int16) != kvkern.prefix_attention(q, kv, backend="c").view(torch.int16)).sum())
+
+
+def call(q: torch.Tensor, kv: KVView) -> Callable[[], object]:
+    """Return the hot path: no validation, an output that is there already."""
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    return lambda: launch(q, kv, out, None, backend="triton")
+
+
+def dense(readers: int, keys: int, seed: int, backend: Any) -> Callable[[], object]:
+    """Return torch's attention over dense keys, repeated for each reader."""
+    group, kv_heads, head_dim = (4, 8, 128) if IS_GPU else (1, 1, 64)
+    q, k, v = (x.to(DEVICE) for x in random_qkv(1, group, kv_heads, 1, keys + 1, head_dim, seed=seed))
+    q, k, v = (x.expand(readers, -1, -1, -1).contiguous() for x in (q, k, v))
+
+    def run() -> object:
+        with torch.nn.attention.sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    run()
+    return run
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.rand(1 << (28 if IS_GPU else 16), device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / by_events([lambda: target.copy_(source)])
+
+
+def by_events(calls: list[Callable[[], object]]) -> float:
+    """Median seconds of a call by CUDA events, buffers rotated; by the clock without a GPU."""
+    for run in calls:
+        run()
+    times = []
+    for round_ in range(ROUNDS):
+        run = calls[round_ % len(calls)]
+        if IS_GPU:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            run()
+            after.record()
+            after.synchronize()
+            times.append(before.elapsed_time(after) / 1e3)
+        else:
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def by_graph(calls: list[Callable[[], object]]) -> float | None:
+    """Median seconds of a call inside a graph of all rotated buffers; None without a GPU."""
+    if not IS_GPU:
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in calls:
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for run in calls:
+            run()
+    return by_events([graph.replay]) / len(calls)
+
+
+if __name__ == "__main__":
+    main()
