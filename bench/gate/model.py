@@ -93,18 +93,19 @@ def costs(readers: int, keys: int, config: ExactConfig, facts: dict[str, dict[st
     trip = min(2 * config.score_unroll, HEAD_DIM)
     score_programs = readers * KV_HEADS * -(-tiles * TILE // (2 * config.score_words))
     pieces = HEAD_DIM // 2 // config.output_words
-    output_programs = readers * KV_HEADS * pieces * runs
-    # Instructions of a pair: loads of two K words and a q word per row; widening; 4 fmas a row and word.
-    score_pair = (2 + GROUP) + (4 + 2 * GROUP) + 4 * GROUP
-    lanes = 32 // config.output_words  # rows lie side by side where the words leave lanes free
-    output_pair = (2 + GROUP // lanes) + (4 + 2 * GROUP // lanes) + 4 * GROUP // lanes
+    score_rows, output_rows = min(config.score_rows, GROUP), min(config.output_rows, GROUP)
+    score_programs *= GROUP // score_rows
+    output_programs = readers * KV_HEADS * pieces * runs * (GROUP // output_rows)
+    # Instructions of a pair: loads of two words of K or V and a word of q or p a row; widening; 4 fmas a row.
+    score_pair, output_pair = (2 + rows + 4 + 2 * rows + 4 * rows for rows in (score_rows, output_rows))
     return [
         Cost("score", score_programs, config.score_warps, half, half * readers + 2 * rows * keys, trip * 128,
              score_programs * HEAD_DIM // 2 * score_pair, HEAD_DIM),
         Cost("softmax", rows, config.softmax_warps, 0, rows * keys * (2 + 2 + 4 + 4 + 4 + 2),
              facts["softmax/G4"]["in_flight_bytes"],
              rows * keys / 32 * 45 + rows * config.softmax_warps * keys / 16 * 2, -(-keys // 16), in_phases=True),
-        Cost("output", output_programs, config.output_warps, half, half * readers + 2 * rows * keys * pieces,
+        Cost("output", output_programs, config.output_warps, half,
+             half * readers * (GROUP // output_rows) + 2 * rows * keys * pieces,
              TILE * config.output_words * 4, output_programs * RUN / 2 * output_pair, RUN),
         Cost("fold", rows, config.fold_warps, 0, 4 * rows * runs * HEAD_DIM, 4 * HEAD_DIM * config.fold_runs,
              rows * runs * 8, runs),
