@@ -41,12 +41,14 @@ def _exact_attention(
     sm_scale: float,
     key_run: int,
 ) -> None:
-    triton_door.attend(
-        q, out, lse,
-        pool=pool, block_table=block_table, block_tiles=block_tiles, stride_tile=stride_tile, layer_offset=layer_offset,
-        prefix_len=prefix_len, reader_prefix=reader_prefix, suffix_len=suffix_len, query_len=query_len,
-        suffix_k=suffix_k, suffix_v=suffix_v, sm_scale=sm_scale, key_run=key_run, scratch=scratch,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        triton_door.attend(
+            q, out, lse,
+            pool=pool, block_table=block_table, block_tiles=block_tiles, stride_tile=stride_tile,
+            layer_offset=layer_offset, prefix_len=prefix_len, reader_prefix=reader_prefix, suffix_len=suffix_len,
+            query_len=query_len, suffix_k=suffix_k, suffix_v=suffix_v, sm_scale=sm_scale, key_run=key_run,
+            scratch=scratch,
+        )  # fmt: skip
 
 
 for _key in ("CUDA", "CPU"):

@@ -107,12 +107,13 @@ def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot:
     batch, heads, tokens, head_dim = k.shape
     if k.numel() == 0:
         return
-    append_module.append_kernel[(tokens, heads, batch)](
-        k.view(torch.int16), v.view(torch.int16), first_slot, count,
-        suffix_k.view(torch.int16), suffix_v.view(torch.int16),
-        *k.stride()[:3], *v.stride()[:3], *suffix_k.stride()[:3], tokens,
-        HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        append_module.append_kernel[(tokens, heads, batch)](
+            k.view(torch.int16), v.view(torch.int16), first_slot, count,
+            suffix_k.view(torch.int16), suffix_v.view(torch.int16),
+            *k.stride()[:3], *v.stride()[:3], *suffix_k.stride()[:3], tokens,
+            HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def config_for(device: torch.device) -> ExactConfig:

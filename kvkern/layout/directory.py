@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -170,7 +171,7 @@ class Directory:
         for name in self.names("quarantine"):
             if re.fullmatch(rf"{digest}\.json\.[0-9a-f]+", name):
                 path = self.root / "quarantine" / name
-                with accessing(path, "rename"):
+                with accessing(path, "rename"), contextlib.suppress(FileNotFoundError):  # another publisher was faster
                     os.rename(path, path.with_name(f"{name}.healed"))
 
     def _check_marker(self) -> None:

@@ -76,7 +76,8 @@ class Leases:
             elif digest not in self._held:
                 self._append(f"-{digest}\n")
                 if self._written_bytes > _COMPACT_BYTES:
-                    with self._directory.lock(exclusive=False):  # gc must not read it half
+                    # gc must not read it half. Never wait: this may be a finalizer inside of gc itself.
+                    with self._directory.lock(exclusive=False, wait=False):
                         self._rewrite("".join(f"+{held}\n" for held in self._held))
 
     def _forget(self, digest: str) -> None:

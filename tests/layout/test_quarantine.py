@@ -291,3 +291,31 @@ def test_raises_store__arguments(store: BlockStore, make: Make) -> None:
         store.find("0" * 64, [1.5, 10**400])
     with pytest.raises(LayoutError, match="k must be a dense tensor"):
         store.put(sample.spec, sample.ids, sample.k.to("meta"), sample.v)
+
+
+def test_put__two_publishers_heal_one_document(store: BlockStore, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = make(300)
+    digest = sample.put(store).digest
+    damage(store.manifest_path(digest))
+    with pytest.raises(IntegrityError):
+        store.get(digest)
+    names = store.directory.names("quarantine")
+    sample.put(store)  # the other one, which was faster
+    monkeypatch.setattr(store.directory, "names", lambda folder: names)
+    store.directory.mark_healed(digest)
+    assert [path.name for path in store.root.glob("quarantine/*")] == [f"{names[0]}.healed"]
+
+
+def test_lease__compacting_never_waits_for_the_lock(
+    store: BlockStore, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finalizer may run inside of gc, which holds the lock alone."""
+    from kvkern.layout import leases
+
+    monkeypatch.setattr(leases, "_COMPACT_BYTES", 0)
+    a, b = (make(300, seed=seed).put(store).digest for seed in range(2))
+    document, other = store.get(a), store.get(b)
+    with store.directory.lock(exclusive=True):
+        del other
+    (lease,) = store.root.glob("leases/*")
+    assert lease.read_text().endswith(f"-{b}\n") and document
