@@ -105,6 +105,7 @@ class Plan:
         launches: kernel launches per layer; 1 for the C call.
         bytes_moved: bytes of K and V tiles, q and out, each read or written once.
         reason: why this backend, in words.
+        workspace_bytes: what `fast` needs; see `fast_workspace`.
     """
 
     backend: str
@@ -112,6 +113,7 @@ class Plan:
     launches: int
     bytes_moved: int
     reason: str
+    workspace_bytes: int = 0
 
 
 def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backend = "auto") -> Plan:
@@ -120,7 +122,7 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
     Args:
         q: `[B, num_q_heads, Tq, head_dim]` bf16.
         kv: the readers.
-        profile: `exact` follows the numeric contract.
+        profile: `exact` follows the numeric contract; `fast` takes tensor cores.
         backend: `auto` takes C on a CPU, and Triton on CUDA and ROCm.
 
     Returns:
@@ -130,31 +132,68 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
         LayoutError: q or kv is malformed; the message names the field.
         UnsupportedError: no backend runs this profile on this device.
     """
-    if profile != "exact":
-        raise UnsupportedError(f"profile {profile!r} does not run on {q.device.type}: this version has 'exact' only")
+    if profile not in ("exact", "fast"):
+        raise UnsupportedError(f"profile is {profile!r}; this version has 'exact' and 'fast'")
     if backend not in ("auto", "c", "triton"):
         raise LayoutError(f"backend is {backend!r}; it must be 'auto', 'c' or 'triton'")
-    is_c = _takes_c(q, backend)
+    is_c = _takes_c(q, backend, profile)
     if is_c:
         native.require_cpu(q)
     _validate(q, kv)
+    if profile == "fast":
+        return _resolve_fast(q, kv, backend)
     if not is_c:
         from kvkern.kernels import triton_door
 
         triton_door.require_available(q.device)
         _require_contiguous_words(q, kv)
-    row_bytes = 2 * kv.suffix_k.shape[1] * q.shape[3] * q.element_size()
-    prefix_len = kv.prefix_len.tolist()
-    keys = sum(prefix_len[p] for p in set(kv.reader_prefix.tolist())) + sum(kv.suffix_len.tolist())
-    bytes_moved = keys * row_bytes + 2 * q.numel() * q.element_size()
+    bytes_moved = _bytes_moved(q, kv)
     if is_c:
         return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
     reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
     return Plan("triton", profile, triton_door.LAUNCHES, bytes_moved, reason)
 
 
-def _takes_c(q: Tensor, backend: Backend) -> bool:
-    return backend == "c" or (backend == "auto" and q.device.type == "cpu")
+def _resolve_fast(q: Tensor, kv: KVView, backend: Backend) -> Plan:
+    if backend == "c":
+        raise UnsupportedError("profile 'fast' has no backend 'c': take 'auto' on a GPU, or profile 'exact'")
+    from kvkern.kernels import fast_door, triton_door
+
+    fast_door.require_available(q.device)
+    fast_door.require_supported(q, kv.block_table, kv.block_tiles, kv.suffix_k, kv.pool)
+    need = fast_door.workspace_bytes(fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k))
+    reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
+    return Plan("triton", "fast", fast_door.LAUNCHES, _bytes_moved(q, kv), reason, need)
+
+
+def _bytes_moved(q: Tensor, kv: KVView) -> int:
+    row_bytes = 2 * kv.suffix_k.shape[1] * q.shape[3] * q.element_size()
+    prefix_len = kv.prefix_len.tolist()
+    keys = sum(prefix_len[p] for p in set(kv.reader_prefix.tolist())) + sum(kv.suffix_len.tolist())
+    return keys * row_bytes + 2 * q.numel() * q.element_size()
+
+
+def _takes_c(q: Tensor, backend: Backend, profile: Profile = "exact") -> bool:
+    return profile == "exact" and (backend == "c" or (backend == "auto" and q.device.type == "cpu"))
+
+
+def fast_workspace(q: Tensor, kv: KVView) -> Tensor:
+    """Return work space for `profile="fast"` and calls of these shapes, its counters at 0.
+
+    Every launch leaves the counters at 0, so one work space serves all layers and steps, as long as its launches do not
+    overlap. A captured graph needs one of its own.
+
+    Args:
+        q: as in `prefix_attention`; only its shape and device count.
+        kv: the readers; only shapes count: lengths may change.
+
+    Returns:
+        `[n]` uint8 on the device of q.
+    """
+    from kvkern.kernels import fast_door
+
+    need = fast_door.workspace_bytes(fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k))
+    return torch.zeros(need, dtype=torch.uint8, device=q.device)
 
 
 def prefix_attention(
@@ -168,6 +207,7 @@ def prefix_attention(
     return_lse: bool = False,
     out: Tensor | None = None,
     scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend causally to shared prefixes and own suffixes, in place over their tiles.
 
@@ -175,13 +215,16 @@ def prefix_attention(
         q: `[B, num_q_heads, Tq, head_dim]` bf16, innermost axis dense. Rows before the last `query_len[b]` are padding.
         kv: the readers; query row t sees all keys but the last `Tq - 1 - t`.
         sm_scale: factor of the scores; `head_dim ** -0.5` when None.
-        profile: `exact`.
-        key_run: keys of one output chain: 512 is the contract, "stock" follows stock eager's rule, 1024 its long run.
+        profile: `exact`, or `fast`: one launch on tensor cores, with bits of its own.
+        key_run: for `exact`, keys of one output chain: 512 is the contract, "stock" follows stock eager's rule, 1024
+            its long run.
         backend: `auto`, `c` or `triton`.
         return_lse: also return the log-sum-exp.
         out: `[B, Tq, num_q_heads, head_dim]` bf16 to write into; a new tensor when None.
         scratch_bound_bytes: long Tq is split so that scratch stays under it, or under what one query position of every
             reader needs (4 bytes a query head and key), whichever is more.
+        workspace: for `fast`, what `fast_workspace` returned for these shapes; when None a new one is made and cleared,
+            which is a launch more.
 
     Returns:
         out, or (out, lse) with lse `[B, num_q_heads, Tq]` fp32 in natural log, -inf for padding rows.
@@ -193,7 +236,8 @@ def prefix_attention(
     Bits:
         Out depends on q, the keys and values by position, sm_scale and key_run alone: not on the prefix boundary, the
         block table, the order of readers, threads, or the split of Tq. lse is accurate to fp32, and not part of the
-        contract.
+        contract. Under `fast`, out and lse depend on q, the keys and values by position, sm_scale and
+        `64 * (prefix_len // 64)` alone, on one device.
 
     Source:
         The order is that of Hugging Face `eager` on a CPU with AVX512_BF16 (numeric contract eager-bf16-v1, part A).
@@ -216,8 +260,9 @@ def prefix_attention(
         raise LayoutError(f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}")
     lse = torch.full((batch, num_q_heads, rows), -torch.inf, device=q.device) if return_lse else None
     launch(
-        q, kv, out, lse, sm_scale=sm_scale, key_run=key_run, backend=backend, scratch_bound_bytes=scratch_bound_bytes
-    )
+        q, kv, out, lse, sm_scale=sm_scale, profile=profile, key_run=key_run, backend=backend,
+        scratch_bound_bytes=scratch_bound_bytes, workspace=workspace,
+    )  # fmt: skip
     return (out, lse) if lse is not None else out
 
 
@@ -228,12 +273,24 @@ def launch(
     lse: Tensor | None,
     *,
     sm_scale: float | None = None,
+    profile: Profile = "exact",
     key_run: KeyRun = "stock",
     backend: Backend = "auto",
     scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
+    workspace: Tensor | None = None,
 ) -> None:
     """Run a call that has been validated: the hot path of the model patch. Arguments as in `prefix_attention`."""
     layer_size = kv.suffix_k.shape[1] * q.shape[3] * TILE_TOKENS
+    if profile == "fast":
+        from kvkern.kernels import ops
+
+        ops.fast_attention(
+            q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
+            kv.suffix_k, kv.suffix_v, out, lse, fast_workspace(q, kv) if workspace is None else workspace,
+            kv.block_tiles, kv.num_layers * layer_size, kv.layer * layer_size,
+            q.shape[3] ** -0.5 if sm_scale is None else sm_scale,
+        )  # fmt: skip
+        return
     if not _takes_c(q, backend):
         from kvkern.kernels import ops, triton_door
 

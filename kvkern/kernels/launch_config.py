@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from kvkern.errors import UnsupportedError
 
@@ -56,17 +57,68 @@ class ExactConfig:
         return min(self.output_words, 1 << (head_dim // 2 - 1).bit_length())
 
 
+@dataclass(frozen=True)
+class FastConfig:
+    """How the fast kernel is launched, and what its cost model assumes of the machine.
+
+    Attributes:
+        block_m: rows of a program.
+        warps: warps of a program.
+        stages: depth of the software pipeline over tiles.
+        fold_rows: rows that the last arriver folds at once.
+        units_d64: keys that a program may take with head_dim 64; the cost model chooses among them.
+        units_d128: the same with head_dim 128. A unit is listed where its kernel does not spill.
+        sms: multiprocessors.
+        programs_per_sm: programs that a multiprocessor holds at once.
+        hbm_bytes_s: bandwidth of the memory.
+        l2_bytes_s: bandwidth of the last cache.
+        l2_bytes: size of the last cache.
+        flops_s: rate of the tensor cores, as Triton's attention reaches it.
+        latency_s: from a load to its data.
+    """
+
+    block_m: int
+    warps: int
+    stages: int
+    fold_rows: int
+    units_d64: tuple[int, ...]
+    units_d128: tuple[int, ...]
+    sms: int
+    programs_per_sm: int
+    hbm_bytes_s: float
+    l2_bytes_s: float
+    l2_bytes: int
+    flops_s: float
+    latency_s: float
+
+    def units(self, head_dim: int) -> tuple[int, ...]:
+        """Keys that a program may take."""
+        return self.units_d64 if head_dim <= 64 else self.units_d128
+
+
 @functools.cache
 def exact_config(architecture: str) -> ExactConfig:
-    """Return the shipped configuration of an architecture, such as `sm90`.
+    """Return the shipped configuration of the exact kernels for an architecture, such as `sm90`.
 
     Raises:
         UnsupportedError: none is shipped for it or for its family.
     """
+    values = _shipped(architecture)["exact"]
+    return ExactConfig(**{field.name: values[field.name] for field in fields(ExactConfig)})
+
+
+@functools.cache
+def fast_config(architecture: str) -> FastConfig:
+    """Return the shipped configuration of the fast kernel; errors as in `exact_config`."""
+    values = _shipped(architecture)["fast"]
+    units = {name: tuple(values[name]) for name in ("units_d64", "units_d128")}
+    return FastConfig(**{field.name: values[field.name] for field in fields(FastConfig)} | units)
+
+
+def _shipped(architecture: str) -> dict[str, dict[str, Any]]:
     name = _NEAREST.get(architecture)
     if name is None:
         raise UnsupportedError(
             f"no launch configuration for {architecture!r}; shipped are {', '.join(sorted(set(_NEAREST.values())))}"
         )
-    values = json.loads((CONFIGS / f"{name}.json").read_text())["exact"]
-    return ExactConfig(**{field.name: values[field.name] for field in fields(ExactConfig)})
+    return json.loads((CONFIGS / f"{name}.json").read_text())
