@@ -258,6 +258,11 @@ def prefix_attention(
         out = q.new_empty(shape)
     elif tuple(out.shape) != shape or out.dtype != torch.bfloat16 or out.stride(-1) != 1:
         raise LayoutError(f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}")
+    if profile == "fast" and workspace is not None:
+        from kvkern.kernels import fast_door
+
+        made = fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k)
+        fast_door.require_workspace(workspace, made, q.device)
     lse = torch.full((batch, num_q_heads, rows), -torch.inf, device=q.device) if return_lse else None
     launch(
         q, kv, out, lse, sm_scale=sm_scale, profile=profile, key_run=key_run, backend=backend,

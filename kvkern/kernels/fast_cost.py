@@ -102,6 +102,8 @@ def seconds(made: FastPlan, config: FastConfig, prefix_len: int | None = None, s
     prefix_len = shape.prefix_tiles * TILE_TOKENS if prefix_len is None else prefix_len
     suffix_len = shape.suffix_tiles * TILE_TOKENS if suffix_len is None else suffix_len
     spent = cost(made, config, prefix_len, suffix_len)
+    if not spent.live:
+        return config.latency_s
     slots = config.sms * config.programs_per_sm
     waves = -(-spent.live // slots) * slots / spent.live if spent.live > slots else 1.0
     in_flight = (config.stages - 1) * 2 * TILE_TOKENS * shape.head_dim * 2

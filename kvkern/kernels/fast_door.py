@@ -79,6 +79,21 @@ def require_supported(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k
         )
 
 
+def require_workspace(workspace: Tensor, made: FastPlan, device: torch.device) -> None:
+    """Refuse work space that was made for smaller shapes or elsewhere.
+
+    Raises:
+        LayoutError: saying what is needed.
+    """
+    need = workspace_bytes(made)
+    is_fit = workspace.numel() >= need and workspace.dtype == torch.uint8 and workspace.device == device
+    if not is_fit or not workspace.is_contiguous() or workspace.data_ptr() % 16:
+        raise LayoutError(
+            f"workspace is {workspace.numel()} of {workspace.dtype} on {workspace.device}; it must be at least {need} "
+            f"of torch.uint8 on {device}, contiguous on a 16-byte boundary, for {made.shape}"
+        )
+
+
 def attend(
     q: Tensor,
     out: Tensor,
@@ -111,12 +126,8 @@ def attend(
         return
     config = config_for(q.device)
     made = plan_for(q, block_table, block_tiles, suffix_k)
+    require_workspace(workspace, made, q.device)
     need = workspace_bytes(made)
-    if workspace.numel() < need or workspace.dtype != torch.uint8 or workspace.data_ptr() % 16:
-        raise LayoutError(
-            f"workspace is {workspace.numel()} of {workspace.dtype} at {workspace.data_ptr():#x}; it must be at least "
-            f"{need} of torch.uint8 on a 16-byte boundary for {made.shape}"
-        )
     counters = workspace[: need - made.partial_bytes].view(torch.int32)
     partial = workspace[need - made.partial_bytes : need].view(torch.float32)
     widen = q.device.type == "cpu"
