@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -12,22 +13,48 @@ from pathlib import Path
 import triton
 
 from bench.gate.cases import exact_cases
-from bench.gate.compiler import TARGETS, Compiled, compile_case
+from bench.gate.compiler import TARGETS, Case, Compiled, compile_case
 from bench.gate.facts import facts_of
+from bench.gate.fast_cases import fast_cases
+from bench.gate.fast_facts import fast_facts_of, fast_problems_of, layouts
 from bench.gate.rules import violations
 
 TABLE = Path(__file__).parent / "table.json"
 
 
-def check(target: str, number: int) -> tuple[str, str, dict[str, int], list[str]]:
-    """Compile one case; returns target, name, facts, and what is forbidden in it."""
-    case = exact_cases(target)[number]
+GROWING = ("in_flight_bytes", "products", "depth", "programs_per_sm")
+"""Figures that may only grow; all others may only shrink."""
+
+
+def cases(target: str) -> list[Case]:
+    """Return all cases of a target."""
+    return [*exact_cases(target), *fast_cases(target)]
+
+
+def check(target: str, number: int) -> tuple[str, str, dict[str, int], list[str], tuple[str, ...]]:
+    """Compile one case; returns target, name, facts, what is forbidden in it, and its layouts."""
+    case = cases(target)[number]
     compiled = compile_case(case, target)
-    return target, case.name, asdict(facts_of(compiled)), problems_of(compiled)
+    facts = asdict(facts_of(compiled))
+    if case.profile == "fast":
+        facts |= asdict(fast_facts_of(compiled))
+    return target, case.name, facts, problems_of(compiled), layouts(compiled) if case.profile == "fast" else ()
+
+
+def unlike(results: list[tuple[str, str, dict[str, int], list[str], tuple[str, ...]]]) -> list[str]:
+    """Name the fast cases whose products are laid out unlike those of another unit of the same shape."""
+    first: dict[tuple[str, str], tuple[str, ...]] = {}
+    return [
+        f"{target} {name}: laid out unlike another unit, whose bits it must have"
+        for target, name, _, _, found in results
+        if found and first.setdefault((target, re.sub(r"-U\d+", "", name)), found) != found
+    ]
 
 
 def problems_of(compiled: Compiled) -> list[str]:
-    """Name what no exact kernel may have: a forbidden instruction, a spill, a barrier in a loop."""
+    """Name what no kernel of a profile may have; for exact: a forbidden instruction, a spill, a barrier in a loop."""
+    if compiled.case.profile == "fast":
+        return fast_problems_of(compiled)
     facts = facts_of(compiled)
     problems = violations(compiled)
     if facts.stack_bytes or facts.spills:
@@ -40,14 +67,17 @@ def problems_of(compiled: Compiled) -> list[str]:
 def main(update: bool) -> int:
     """Run the gate; returns the exit code."""
     start = time.perf_counter()
-    jobs = [(target, number) for target in TARGETS for number in range(len(exact_cases(target)))]
+    jobs = [(target, number) for target in TARGETS for number in range(len(cases(target)))]
     with ProcessPoolExecutor() as pool:
         results = list(pool.map(check, *zip(*jobs, strict=True)))
     recorded = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     known = recorded.get(triton.__version__, {})
     table: dict[str, dict[str, dict[str, int]]] = {}
     failed = 0
-    for target, name, facts, problems in results:
+    for problem in (others := unlike(results)):
+        print(f"FAILED: {problem}")
+    failed += len(others)
+    for target, name, facts, problems, _ in results:
         table.setdefault(target, {})[name] = facts
         old = known.get(target, {}).get(name)
         if old is None and not update:
@@ -66,10 +96,10 @@ def main(update: bool) -> int:
 
 
 def worse(facts: dict[str, int], old: dict[str, int]) -> list[str]:
-    """Name the figures that are worse than those on record; bytes in flight may only grow, all others only shrink."""
+    """Name the figures that are worse than those on record."""
     found = []
     for name, value in facts.items():
-        is_worse = value < old[name] if name == "in_flight_bytes" else value > old[name]
+        is_worse = value < old[name] if name in GROWING else value > old[name]
         if is_worse:
             found.append(f"{name} is {value}, on record is {old[name]}")
     return found

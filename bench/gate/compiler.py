@@ -42,6 +42,7 @@ class Case:
         num_warps: warps of a program.
         pointee: types behind pointers, by argument name, where they differ from the usual ones.
         options: further compile options.
+        profile: `exact`: the contract's allow-list holds; `fast`: tensor cores are required.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     num_warps: int
     pointee: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    profile: str = "exact"
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def attend(
             KV_HEADS=suffix_k.shape[1], GROUP=num_q_heads // suffix_k.shape[1], HEAD_DIM=head_dim,
             BLOCK_TILES=block_tiles, BLOCK_M=config.block_m, UNIT_TILES=made.unit_tokens // TILE_TOKENS,
             FOLD_ROWS=config.fold_rows, STAGES=config.stages, HAS_LSE=lse is not None, WIDEN=widen,
-            num_warps=config.warps, enable_fp_fusion=False,
+            num_warps=config.warps, enable_fp_fusion=False, **config.options,
         )  # fmt: skip
     except BaseException:
         counters.zero_()

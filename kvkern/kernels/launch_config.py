@@ -64,6 +64,7 @@ class FastConfig:
     Attributes:
         block_m: rows of a program.
         warps: warps of a program.
+        max_registers: of a thread, where the compiler would take fewer and spill; 0 leaves it to the compiler.
         stages: depth of the software pipeline over tiles.
         fold_rows: rows that the last arriver folds at once.
         units_d64: keys that a program may take with head_dim 64; the cost model chooses among them.
@@ -79,6 +80,7 @@ class FastConfig:
 
     block_m: int
     warps: int
+    max_registers: int
     stages: int
     fold_rows: int
     units_d64: tuple[int, ...]
@@ -90,6 +92,11 @@ class FastConfig:
     l2_bytes: int
     flops_s: float
     latency_s: float
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compile options beside the number of warps."""
+        return {"maxnreg": self.max_registers} if self.max_registers else {}
 
     def units(self, head_dim: int) -> tuple[int, ...]:
         """Keys that a program may take."""

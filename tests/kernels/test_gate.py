@@ -20,6 +20,11 @@ CAUGHT = {
     "sm90: tensor core": "mma",
     "sm90: barrier in a loop": "barriers inside loops",
     "sm90: spill": "spills",
+    "sm90: fast, no tensor core": "products: 0 wgmma.mma_async",
+    "sm90: fast, shallow pipeline": "depth: 2 tiles of K and V in shared memory, 3 are configured",
+    "sm90: fast, spill": "spills",
+    "sm90: fast, fused multiply-add": "fma.rn.f32",
+    "sm90: fast, one program a multiprocessor": "occupancy: 1 programs fit",
     "gfx942: approximate exp": "v_exp",
     "gfx942: fused multiply-add": "fma",
     "gfx942: barrier in a loop": "barriers inside loops",
@@ -43,6 +48,20 @@ def test_gate__catches(said: dict[str, list[str]], fault: str) -> None:
 @pytest.mark.parametrize("target", ["sm90", "gfx942"])
 def test_gate__lets_a_sound_kernel_pass(said: dict[str, list[str]], target: str) -> None:
     assert said[f"{target}: sound"] == []
+
+
+def test_gate__lets_the_fast_kernel_pass(said: dict[str, list[str]]) -> None:
+    assert said["sm90: fast, sound"] == []
+
+
+def test_gate__notices_units_that_are_laid_out_unlike() -> None:
+    from bench.gate.__main__ import unlike
+
+    alike = [("sm90", f"fast/G4-D128-U{unit}", {}, [], ("a", "b")) for unit in (256, 1024)]
+    other = ("sm90", "fast/G4-D128-U4096", {}, [], ("a", "c"))
+    elsewhere = ("sm80", "fast/G4-D128-U256", {}, [], ("c",))
+    assert unlike([*alike, elsewhere]) == []
+    assert unlike([*alike, other]) == ["sm90 fast/G4-D128-U4096: laid out unlike another unit, whose bits it must have"]
 
 
 def test_gate__notices_figures_that_get_worse() -> None:

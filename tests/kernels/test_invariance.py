@@ -10,7 +10,7 @@ import torch
 import kvkern
 from kvkern import contract
 from kvkern.attention import KVView
-from kvkern.kernels import native
+from kvkern.kernels import native, triton_door
 from tests.support.bits import differing
 from tests.support.views import int32, paged_view, random_qkv, shared_view
 
@@ -237,11 +237,13 @@ def test_raises_layout__names_the_field(field: str) -> None:
         kvkern.prefix_attention(q, kv)
 
 
-def test_raises_unsupported__profile_backend_device_and_run() -> None:
+def test_raises_unsupported__profile_backend_device_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = random_qkv(1, 4, 2, 1, 30, 64)
     kv = KVView.from_dense(k, v)
-    with pytest.raises(kvkern.UnsupportedError, match="fast"):
-        kvkern.prefix_attention(q, kv, profile="fast")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_door, "is_interpreted", lambda: False)
+        with pytest.raises(kvkern.UnsupportedError, match="fast"):
+            kvkern.prefix_attention(q, kv, profile="fast")
     with pytest.raises(kvkern.UnsupportedError, match="meta"):
         kvkern.prefix_attention(q.to("meta"), kv, backend="c")
     with pytest.raises(kvkern.LayoutError, match="key_run"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 
 from bench.gate.__main__ import problems_of
 from bench.gate.compiler import Case, compile_case
+from bench.gate.fast_cases import fast_cases
 from kvkern.kernels.primitives import exp_c
 
 
@@ -69,6 +71,17 @@ CASES = {
 }
 
 
+FAST = fast_cases("sm90")[0]
+FAST_CASES = {
+    "fast, sound": FAST,
+    "fast, no tensor core": Case("sound", sound, {"N": 128}, 1, FP32, profile="fast"),
+    "fast, shallow pipeline": replace(FAST, constants={**FAST.constants, "STAGES": 2}),
+    "fast, spill": replace(FAST, options={"maxnreg": 128}),
+    "fast, fused multiply-add": replace(FAST, options={"enable_fp_fusion": True}),
+    "fast, one program a multiprocessor": replace(FAST, num_warps=8),
+}
+
+
 def main() -> None:
     """Print what the gate says of each case, by target."""
     found = {}
@@ -77,6 +90,8 @@ def main() -> None:
             if target == "gfx942" and name in ("spill", "tensor core"):
                 continue  # other options and other words there
             found[f"{target}: {name}"] = problems_of(compile_case(case, target))
+    for name, case in FAST_CASES.items():
+        found[f"sm90: {name}"] = problems_of(compile_case(case, "sm90"))
     print(json.dumps(found))
 
 
