@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvkern.attention import KVView, Plan, prefix_attention, resolve
+    from kvkern.attention import KVView, Plan, fast_workspace, prefix_attention, resolve
     from kvkern.errors import (
         AccessError,
         IntegrityError,
@@ -39,6 +39,7 @@ _HOMES = {
     "Summary": "layout",
     "Store": "model_patch.store",
     "UnsupportedError": "errors",
+    "fast_workspace": "attention",
     "patch": "model_patch.register",
     "prefix_attention": "attention",
     "resolve": "attention",
@@ -62,6 +63,7 @@ __all__ = [
     "Store",
     "Summary",
     "UnsupportedError",
+    "fast_workspace",
     "patch",
     "prefix_attention",
     "resolve",

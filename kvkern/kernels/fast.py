@@ -32,7 +32,15 @@ GRAIN = tl.constexpr(32)
 """Elements by which the loop counts addresses: 64 bytes; 32 bits of them reach 137 GB either way."""
 
 
-@triton.jit
+# No integer is compiled in because it is 1 or a multiple of 16: what the gate compiles is what runs, for any batch.
+INTEGERS = [
+    "stride_qb", "stride_qh", "stride_qt", "stride_sb", "stride_sh", "stride_st", "stride_tile", "layer_offset",
+    "stride_ob", "stride_ot", "stride_oh", "batch", "prefixes", "search_steps", "max_blocks", "max_query_len",
+    "per_block", "parts", "row_blocks", "prefix_units", "own_units", "prefix_programs", "total_rows",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
 def fast_kernel(
     q_ptr,  # [B, Hq, Tq, D] bf16
     pool_ptr,  # bf16; the prefixes' tiles are addressed from here
@@ -90,10 +98,11 @@ def fast_kernel(
             row = j * BLOCK_M + lane
             reader = tl.where(row < rows_per_reader, b, -1)
             state = ((b * KV_HEADS + kv_head) * own_units + unit).to(tl.int64) * rows_per_reader + j * BLOCK_M
-            state += total_rows - (batch * KV_HEADS * own_units).to(tl.int64) * rows_per_reader
+            state += total_rows - batch * KV_HEADS * own_units * rows_per_reader
         visible = visible_keys(reader, row, shared_len, suffix_len_ptr, query_len_ptr, max_query_len, GROUP)
         head, query = kv_head * GROUP + row % GROUP, row // GROUP
-        q_rows = q_ptr + reader * stride_qb + head * stride_qh + query * stride_qt
+        q_offset = reader * stride_qb + head * stride_qh + query * stride_qt
+        q_rows = q_ptr + tl.multiple_of(q_offset, 8)  # the door has checked that q lies in 16 bytes
         q = tl.load(q_rows[:, None] + tl.arange(0, HEAD_DIM)[None, :], mask=(reader >= 0)[:, None], other=0)
         end_tile = tl.minimum(end_tile, first_tile + UNIT_TILES)
         limit = tl.minimum(end_tile * TILE, tl.max(visible, axis=0))

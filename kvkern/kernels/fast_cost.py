@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvkern.kernels.fast_plan import FastPlan
     from kvkern.kernels.launch_config import FastConfig
 
+FOLD_DEPTH = 3
+"""States of `fold_rows` rows under way while one is folded: the depth of that loop's pipeline."""
 IDLE_S = 0.5e-6
 """Of a program that finds nothing to do: three dependent loads."""
 
@@ -34,6 +36,7 @@ class FastCost:
         live: programs with keys.
         idle: programs that leave at once.
         fold_bytes: states that one last arriver reads, at most.
+        fold_steps: loads that it waits for, one after the other.
         launches: attention launches.
     """
 
@@ -46,6 +49,7 @@ class FastCost:
     live: int
     idle: int
     fold_bytes: int
+    fold_steps: int
     launches: int = 1
 
 
@@ -86,6 +90,7 @@ def cost(made: FastPlan, config: FastConfig, prefix_len: int, suffix_len: int) -
         live=live,
         idle=made.programs - live,
         fold_bytes=4 * block_rows * (head_dim + 2) * (prefix_units + suffix_units),
+        fold_steps=-(-block_rows // config.fold_rows) * (prefix_units + suffix_units),
     )
 
 
@@ -106,11 +111,13 @@ def seconds(made: FastPlan, config: FastConfig, prefix_len: int | None = None, s
         return config.latency_s
     slots = config.sms * config.programs_per_sm
     waves = -(-spent.live // slots) * slots / spent.live if spent.live > slots else 1.0
-    in_flight = (config.stages - 1) * 2 * TILE_TOKENS * shape.head_dim * 2
-    stream = min(1.0, min(spent.live, slots) * max(in_flight, 1) / config.latency_s / config.hbm_bytes_s)
-    memory = spent.hbm_bytes / (config.hbm_bytes_s * stream)
+    in_flight = max(config.stages - 1, 1) * 2 * TILE_TOKENS * shape.head_dim * 2
+    asked = min(spent.live, slots) * in_flight / config.latency_s
+    reach = min(spent.live, config.sms) * config.l2_bytes_s / config.sms  # what that many multiprocessors can take in
+    memory = spent.hbm_bytes / min(config.hbm_bytes_s, asked, reach)
     cached = (spent.hbm_bytes + spent.cached_bytes + spent.state_bytes) / config.l2_bytes_s
     products = spent.flops / (config.flops_s * min(1.0, spent.live / config.sms))
-    fold = spent.fold_bytes / (config.l2_bytes_s / config.sms)
+    # The last arriver reads its states one after the other, FOLD_DEPTH under way.
+    fold = max(spent.fold_bytes / (config.l2_bytes_s / config.sms), spent.fold_steps * config.latency_s / FOLD_DEPTH)
     idle = spent.idle * IDLE_S / slots
     return max(memory, cached, products) * waves + fold + idle + 4 * config.latency_s

@@ -55,7 +55,7 @@ def finish_rows(
     real = reader >= 0
     shared_units = (shared_len // TILE + UNIT_TILES - 1) // UNIT_TILES
     own_count = suffix_units(reader, shared_len, suffix_len_ptr, UNIT_TILES)
-    own_rows = total_rows - (batch * KV_HEADS * own_units).to(tl.int64) * rows_per_reader
+    own_rows = total_rows - batch * KV_HEADS * own_units * rows_per_reader
     shared = ((block * parts + j) * KV_HEADS + kv_head).to(tl.int64) * prefix_units * BLOCK_M + lane
     own = own_rows + (reader * KV_HEADS + kv_head).to(tl.int64) * own_units * rows_per_reader + row
     m_i, l_i, acc = empty_state(ROWS, HEAD_DIM)

@@ -66,7 +66,7 @@ def fold_units(partial_ptr, row, stride_unit, count, first_unit, most, total_row
     m_1k, l_1k, acc_1k = empty_state(ROWS, HEAD_DIM)
     per_1k: tl.constexpr = LEAF_TILES * FAN // UNIT_TILES if UNIT_TILES < LEAF_TILES * FAN else 1
     per_4k: tl.constexpr = LEAF_TILES * FAN * FAN // UNIT_TILES
-    for unit in range(0, most):
+    for unit in tl.range(0, most, num_stages=4):
         m_u, l_u, acc_u = load_state(partial_ptr, unit * stride_unit, row, unit < count, total_rows, HEAD_DIM)
         m_1k, l_1k, acc_1k = fold(m_1k, l_1k, acc_1k, m_u, l_u, acc_u)
         end, is_last = first_unit + unit + 1, unit == most - 1

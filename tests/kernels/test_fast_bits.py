@@ -212,13 +212,13 @@ def test_counters__clean_after_an_aborted_launch(monkeypatch: pytest.MonkeyPatch
 
 def test_launches__one_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = readers_of_one_prefix(2, 330, 300)
-    kv = shared_view(k, v, 300, [1, 1], layers=2)
+    kv = shared_view(k, v, 300, [1, 1])
     launched: list[str] = []
     runner = type(fast.fast_kernel)
     real = runner.run
     monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
     workspace = kvkern.attention.fast_workspace(q, kv)
-    for layer in (0, 1):
-        attend(q, replace(kv, layer=layer), workspace=workspace)
+    for _ in range(2):
+        attend(q, kv, workspace=workspace)
     assert [name for name in launched if name.endswith("_kernel")] == ["fast_kernel"] * 2
     assert kvkern.resolve(q, kv, profile="fast").launches == fast_door.LAUNCHES == 1

@@ -44,7 +44,7 @@ def test_cost__states_beyond_the_cache_are_read_from_memory() -> None:
 
 
 def test_cost__counts_by_hand() -> None:
-    """One reader of 130 keys and 10 of its own: 2 tiles of the prefix, 1 of its own, of 3 and 2 leaves one unit each."""
+    """One reader of 130 keys and 10 of its own: 2 tiles of the prefix, 1 of its own, a unit each."""
     spent = cost(plan_with(FastShape(1, 1, 2, 4, 1, 64, 4, 1), 64, 256), SM90, 130, 10)
     tile_bytes = 64 * 2 * 2 * 64 * 2
     assert spent.kv_bytes == 3 * tile_bytes
