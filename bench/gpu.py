@@ -3,6 +3,7 @@
 Each part takes under eight minutes and appends a JSON line after every cell, so that nothing is lost when it is cut:
   bits   every output of random calls against the C reference, until 10^8 have been compared
   cells  device time of one decode layer by events and by graph replay, beside copy bandwidth and prediction
+  fast   the fast profile: invariance of bits on the device, then times, for up to 256 readers
   peers  torch's sdpa by back end on the same keys, dense; a peer that is not installed is a row that says absent
 On a CPU with TRITON_INTERPRET=1 tiny shapes run, so that the script cannot rot. It needs the base dependencies alone.
 """
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 import triton
 
 import kvkern
+from bench import gpu_fast
 from bench.gate.model import Machine, costs
 from kvkern.attention import KVView, launch
 from kvkern.contract import CONTRACT_ID
 from kvkern.kernels import triton_door
 from kvkern.kernels.launch_config import exact_config
-from tests.support.views import random_qkv, shared_view
+from tests.support.views import paged_view, random_qkv, shared_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,6 +129,21 @@ def cells() -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def fast() -> Iterator[dict[str, Any]]:
+    """Check and time the fast profile."""
+
+    def layer(readers: int, keys: int, seed: int) -> tuple[torch.Tensor, KVView]:
+        group, kv_heads, head_dim = (4, 8, 128) if IS_GPU else (1, 1, 64)
+        k, v = random_qkv(1, group, kv_heads, 1, keys + 1, head_dim, seed=seed)[1:]
+        q = random_qkv(readers, group, kv_heads, 1, 1, head_dim, seed=seed)[0]
+        own = [(k[0, :, keys:], v[0, :, keys:])] * readers  # a crowd's keys, expanded, would not fit the host
+        kv = paged_view([(k[0, :, :keys], v[0, :, :keys])], [0] * readers, own, [1] * readers, seed=seed)
+        return q.to(DEVICE), on_device(kv)
+
+    readers = (1, 8, 64, 256) if IS_GPU else (1, 2)
+    yield from gpu_fast.rows(gpu_fast.Rig(layer, by_events, by_graph, readers, KEYS, BUFFERS), copy_bandwidth())
+
+
 def peers() -> Iterator[dict[str, Any]]:
     """Time dense attention of torch on the same shapes: another arithmetic, so no bits are compared."""
     backends = torch.nn.attention.SDPBackend
@@ -149,7 +166,12 @@ def peers() -> Iterator[dict[str, Any]]:
             yield {"cell": package, "absent": "not installed"}
 
 
-PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"bits": bits, "cells": cells, "peers": peers}
+PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "bits": bits,
+    "cells": cells,
+    "fast": fast,
+    "peers": peers,
+}
 
 
 def decode_layer(readers: int, keys: int, seed: int) -> tuple[torch.Tensor, KVView]:

@@ -90,7 +90,7 @@ def fast_problems_of(compiled: Compiled) -> list[str]:
         problems.append(f"serial products: {fast.product_waits} waits for 2 products")
     if fast.tma_copies:
         problems.append(f"{fast.tma_copies} bulk copies: the kernel claims none")
-    if "ptx" in compiled.asm and not re.search(r"\batom\.[\w.]*acq_rel\.gpu", compiled.asm["ptx"]):
+    if "ptx" in compiled.asm and not re.search(r"\batom\.[\w.]*gpu\.acq_rel", compiled.asm["ptx"]):
         problems.append("arrival: no acq_rel atomic, so the last program may fold states that have not arrived")
     if fast.programs_per_sm < config.programs_per_sm:
         problems.append(f"occupancy: {fast.programs_per_sm} programs fit, the plan counts {config.programs_per_sm}")

@@ -81,6 +81,7 @@ def fast_kernel(
         count, lower = readers_before(b, prefix, batch, reader_prefix_ptr)
         i = count // per_block
         block = i + lower // per_block + prefix
+    place = (block * parts + j) * KV_HEADS + kv_head
     shared_len = tl.load(prefix_len_ptr + prefix)
     shared_tiles = shared_len // TILE
     end_tile = tl.where(in_prefix, shared_tiles, (shared_len + tl.load(suffix_len_ptr + b) + TILE - 1) // TILE)
@@ -93,7 +94,7 @@ def fast_kernel(
             reader, row = rows_of_block(
                 lane, i, j, prefix, batch, rows_per_reader, per_block, reader_prefix_ptr, BLOCK_M
             )
-            state = ((block * parts + j) * KV_HEADS + kv_head).to(tl.int64) * prefix_units * BLOCK_M + unit * BLOCK_M
+            state = place.to(tl.int64) * prefix_units * BLOCK_M + unit * BLOCK_M
         else:
             row = j * BLOCK_M + lane
             reader = tl.where(row < rows_per_reader, b, -1)
@@ -115,7 +116,7 @@ def fast_kernel(
             partial_ptr, total_rows, HEAD_DIM, BLOCK_TILES, BLOCK_M, UNIT_TILES, STAGES, WIDEN,
         )  # fmt: skip
         arrive(
-            block, i, j, kv_head, prefix, shared_len, batch, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
+            place, i, prefix, batch, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
             partial_ptr, counter_ptr, out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh,
             max_query_len, per_block, parts, prefix_units, own_units, total_rows,
             KV_HEADS, GROUP, HEAD_DIM, BLOCK_M, UNIT_TILES, FOLD_ROWS, HAS_LSE,
