@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, IntegrityError, KvkernError, LayoutError
@@ -11,11 +14,11 @@ from kvkern.layout.header import payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
 from kvkern.layout.records import Defect, Report
-from kvkern.layout.shard import map_verified, shard_of
+from kvkern.layout.shard import Verification, shard_of
 from kvkern.layout.tiles import BLOCK_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvkern.layout.directory import Directory
     from kvkern.layout.parallel import Progress
@@ -41,16 +44,51 @@ def read_manifest(directory: Directory, digest: str) -> Manifest:
 
 
 def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:
-    """Map and verify all blocks of a document; see `BlockStore.get`."""
+    """Map and verify all blocks of a document; see `BlockStore.get`.
+
+    The last block is begun before the others and finished after them, so that all threads end together: seven and a
+    half blocks each, not eight and seven. Python that runs beside two hashing threads costs them more than it takes
+    alone, so headers are read when all bytes have been.
+    """
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))]
-    parts = in_parallel(lambda i: _map_bytes(directory, manifest, i, verify), range(len(sizes)), sizes, progress)
+    last = len(sizes) - 1
+    begun: Future[Verification] = Future()
+
+    def begin() -> None:
+        try:
+            check = _verification(directory, manifest, last, verify)
+            check.begin()
+            begun.set_result(check)
+        except BaseException as error:
+            begun.set_exception(error)
+            raise
+
+    jobs = [begin, *(partial(_map_bytes, directory, manifest, i, verify) for i in range(last))]
+    jobs += [lambda: _finished(directory, begun.result())]
+    half = sizes[last] // 2
+    parts = list(in_parallel(lambda job: job(), jobs, [half, *sizes[:last], sizes[last] - half], progress))[1:]
     return [_shard(directory, manifest, i, part) for i, part in enumerate(parts)]
 
 
 def _map_bytes(directory: Directory, manifest: Manifest, i: int, verify: str) -> VerifiedBytes:
+    return _finished(directory, _verification(directory, manifest, i, verify))
+
+
+def _verification(directory: Directory, manifest: Manifest, i: int, verify: str) -> Verification:
     block_id = manifest.blocks[i]
+    with _setting_aside(directory):
+        return Verification(directory.block_path(block_id), block_id, verify)
+
+
+def _finished(directory: Directory, check: Verification) -> VerifiedBytes:
+    with _setting_aside(directory):
+        return check.finish()
+
+
+@contextmanager
+def _setting_aside(directory: Directory) -> Iterator[None]:
     try:
-        return map_verified(directory.block_path(block_id), block_id, verify=verify)
+        yield
     except DamagedFile as damaged:
         raise _quarantined(directory, damaged) from None
 
