@@ -13,6 +13,21 @@ KEY_RUN = 512
 KEY_RUN_LONG = 1024
 """Keys of one output chain in stock, for 2 query rows or more over more than 1,024 keys."""
 
+LINEAR_RUN = 512
+"""Terms of one chain of a Linear (B1)."""
+LINEAR_RUN_LONG = 1024
+"""The same above LINEAR_LONG_ABOVE input channels."""
+LINEAR_LONG_ABOVE = 1024
+NORM_WIDTH_STEP = 32
+"""RMSNorm (B2) is defined for multiples of this width, below NORM_WIDTH_LIMIT."""
+NORM_WIDTH_LIMIT = 8192
+
+SILU_TABLE_SHA256 = "7f43c941b6e541e28e7e26fff8b8612cf2e9bb1e1d78f00bf816ac5e784552bc"
+"""SHA-256 of the table of SiLU (B4): 65,536 bf16, little-endian, by the bits of the argument."""
+
+KNOWN_ROPE_TABLES: dict[str, str] = {}
+"""SHA-256 of RoPE tables (B3) that a contract host has made, to the models that use them."""
+
 EXP_LOG2E = float.fromhex("0x1.715476p+0")
 EXP_LN2_HI = float.fromhex("0x1.62e4p-1")
 EXP_LN2_LO = float.fromhex("0x1.7f7d1cp-20")

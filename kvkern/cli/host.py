@@ -23,8 +23,8 @@ def env(output: FormatOption = Format.table) -> None:
     import torch
 
     from kvkern.contract import CONTRACT_ID
-    from kvkern.model_patch.identity import cpu_isa
-    from kvkern.model_patch.probe import stock_order
+    from kvkern.environment import cpu_isa
+    from kvkern.probe import stock_order
 
     names = ("torch", "triton", "transformers", "safetensors")
     data = {

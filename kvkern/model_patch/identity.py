@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvkern.environment import cpu_isa
 from kvkern.spec import KVSpec
 from kvkern.weights import model_weights_digest
 
@@ -66,19 +64,6 @@ def _stock_info(model: PreTrainedModel) -> dict[str, str]:
         "device": cpu_isa() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
         "torch": str(torch.__version__),
     }
-
-
-@functools.cache
-def cpu_isa() -> str:
-    """Name the widest bf16 instruction set of this CPU, which decides stock's order of sums."""
-    try:
-        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1).split())
-    except (OSError, AttributeError):
-        return "cpu"
-    for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"):
-        if flag in flags:
-            return flag
-    return "cpu"
 
 
 def _plain(value: Any) -> Any:
