@@ -122,7 +122,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """Look silu(x) up in the contract's table (B4); x of any shape, bf16."""
+    """Look SiLU up in the contract's table (B4).
+
+    Args:
+        x: any shape, bf16.
+    """
     if x.dtype != torch.bfloat16:
         raise LayoutError(f"x must be bfloat16, got {x.dtype}")
     native.require_cpu(x)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from kvkern.contract import KEY_RUN, KEY_RUN_LONG, LINEAR_LONG_ABOVE, LINEAR_RUN, LINEAR_RUN_LONG
 from kvkern.environment import cpu_isa
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _BIG = 2.0**40
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from kvkern.layout.shard import Shard, VerifiedBytes
 
 
+MAX_TABLE_BYTES = 1 << 28
+
+
 class RemovedError(LayoutError):
     """The document was there a moment ago."""
 
@@ -41,6 +44,21 @@ def read_manifest(directory: Directory, digest: str) -> Manifest:
         text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
         raise _quarantined(directory, DamagedFile(text, path, digest))
     return Manifest.from_bytes(data, digest)
+
+
+def read_table(directory: Directory, digest: str) -> bytes:
+    """Read a table by its digest; see `BlockStore.table`."""
+    path = directory.table_path(digest)
+    try:
+        data = read_regular(path, "a table", MAX_TABLE_BYTES)
+    except FileNotFoundError:
+        text = f"{path}: file: the table is missing; publish a document of this model with producer 'contract' again"
+        raise IntegrityError(text) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
+        raise _quarantined(directory, DamagedFile(text, path, digest))
+    return data
 
 
 def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvkern.contract import CONTRACT_ID, SILU_TABLE_SHA256
 from kvkern.environment import cpu_isa
+from kvkern.model_patch.rope import rope_table
 from kvkern.spec import KVSpec
 from kvkern.weights import model_weights_digest
 
@@ -53,7 +55,7 @@ def spec_of(model: PreTrainedModel, *, producer: str = "stock", salt: str = "") 
         config={name: value for name, value in sorted(_plain(config.to_dict()).items()) if name not in _IRRELEVANT},
         dtype=str(model.dtype).removeprefix("torch."),
         producer=producer,
-        producer_info=_stock_info(model) if producer == "stock" else {},
+        producer_info=_stock_info(model) if producer == "stock" else _contract_info(model),
         salt=salt,
     )
 
@@ -64,6 +66,11 @@ def _stock_info(model: PreTrainedModel) -> dict[str, str]:
         "device": cpu_isa() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
         "torch": str(torch.__version__),
     }
+
+
+def _contract_info(model: PreTrainedModel) -> dict[str, str]:
+    table = rope_table(model)
+    return {"contract": CONTRACT_ID, "rope_table": table.digest, "silu_table": SILU_TABLE_SHA256}
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch import whole
+from kvkern.model_patch.rope import give_rope_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,9 @@ def patch(
         raise UnsupportedError(f"profile {profile!r} is not available: this version has 'exact'")
     if scope not in SCOPES:
         raise UnsupportedError(f"scope {scope!r} is not available: take {' or '.join(map(repr, SCOPES))}")
-    _select(model, scope, rope_table, k_major=True)
+    if rope_table is not None:
+        give_rope_table(model, rope_table)
+    _select(model, scope, k_major=True)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -72,7 +75,7 @@ def unpatch(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def under_contract(model: PreTrainedModel, rope_table: RopeTable | None = None) -> Iterator[None]:
+def under_contract(model: PreTrainedModel) -> Iterator[None]:
     """Run a model under the contract for a while: scope "model", without laying its weights out anew.
 
     Raises:
@@ -82,7 +85,7 @@ def under_contract(model: PreTrainedModel, rope_table: RopeTable | None = None) 
         yield
         return
     before = model.config._attn_implementation
-    _select(model, "model", rope_table, k_major=False)
+    _select(model, "model", k_major=False)
     try:
         yield
     finally:
@@ -95,13 +98,13 @@ def is_patched(config: Any) -> bool:
     return config._attn_implementation in SCOPES.values()
 
 
-def _select(model: PreTrainedModel, scope: str, rope_table: RopeTable | None, *, k_major: bool) -> None:
+def _select(model: PreTrainedModel, scope: str, *, k_major: bool) -> None:
     require_supported(model)
     register()
     if whole.is_entered(model):
         whole.leave(model)
     if scope == "model":
-        whole.enter(model, rope_table, k_major=k_major)
+        whole.enter(model, k_major=k_major)
     if not is_patched(model.config):
         setattr(model, _PREVIOUS, model.config._attn_implementation)
     model.set_attn_implementation(SCOPES[scope])

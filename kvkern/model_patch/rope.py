@@ -18,25 +18,52 @@ if TYPE_CHECKING:
 _FIXED = ("default", "linear", "llama3", "yarn")  # the frequencies do not depend on the sequence
 
 _TABLES: weakref.WeakKeyDictionary[Any, RopeTable] = weakref.WeakKeyDictionary()
+_GIVEN: weakref.WeakSet[RopeTable] = weakref.WeakSet()
 
 
 def rope_table(model: PreTrainedModel) -> RopeTable:
-    """Return the table of a model's RoPE over all of its positions.
+    """Return the table of a model's RoPE over all of its positions: the one it was given, else made on this host.
 
     Raises:
-        UnsupportedError: the kind of RoPE has no fixed table; or this host's torch is not known to make the contract's.
+        UnsupportedError: the kind of RoPE has no fixed table.
     """
     rotary = _rotary_of(model)
     if rotary not in _TABLES:
         _TABLES[rotary] = _made(rotary, model.config.get_text_config())
-    table = _TABLES[rotary]
-    if not stock_order().follows and table.digest not in KNOWN_ROPE_TABLES:
+    return _TABLES[rotary]
+
+
+def give_rope_table(model: PreTrainedModel, table: RopeTable) -> None:
+    """Make a model use a publisher's table; `Store.open` compares its digest with the document's.
+
+    Raises:
+        UnsupportedError: it is not a table of this model's positions and head_dim.
+    """
+    rotary = _rotary_of(model)
+    made = _made(rotary, model.config.get_text_config())
+    if table.cos.shape != made.cos.shape:
         raise UnsupportedError(
-            f"{type(model).__name__}: RoPE table {table.digest} was made on this host and is not among the known ones; "
-            f"{stock_order().reason}. Take the publisher's: kvkern.patch(model, scope='model', "
-            "rope_table=store.rope_table(digest))."
+            f"rope_table has {tuple(table.cos.shape)} positions and channels, {type(model).__name__} needs "
+            f"{tuple(made.cos.shape)}"
         )
-    return table
+    _TABLES[rotary] = table
+    _GIVEN.add(table)
+
+
+def require_trusted(model: PreTrainedModel) -> RopeTable:
+    """Return the model's table, or refuse one that nobody vouches for.
+
+    Raises:
+        UnsupportedError: this host's torch is not known to make the contract's table.
+    """
+    table = rope_table(model)
+    if stock_order().follows or table in _GIVEN or table.digest in KNOWN_ROPE_TABLES:
+        return table
+    raise UnsupportedError(
+        f"{type(model).__name__}: RoPE table {table.digest} was made on this host and is not among the known ones; "
+        f"{stock_order().reason}. Take the publisher's: kvkern.patch(model, scope='model', "
+        "rope_table=store.rope_table(digest))."
+    )
 
 
 def _rotary_of(model: PreTrainedModel) -> Any:
@@ -62,6 +89,6 @@ def _made(rotary: Any, config: Any) -> RopeTable:
     for part in type(rotary).forward(rotary, like, positions):
         left, right = part[0].cpu().chunk(2, dim=-1)
         if not torch.equal(left, right):
-            raise UnsupportedError(f"{type(rotary).__name__} does not rotate halves: the numeric contract does not cover it")
+            raise UnsupportedError(f"{type(rotary).__name__} does not rotate halves: outside the numeric contract")
         halves.append(left.contiguous())
     return RopeTable(*halves)

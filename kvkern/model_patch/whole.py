@@ -10,7 +10,7 @@ from torch import nn
 from kvkern import operations
 from kvkern.contract import NORM_WIDTH_LIMIT, NORM_WIDTH_STEP
 from kvkern.errors import UnsupportedError
-from kvkern.model_patch.rope import rope_table
+from kvkern.model_patch.rope import require_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,18 +27,17 @@ _CONTAINERS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP")
 _UNDO = "_kvkern_whole"
 
 
-def enter(model: PreTrainedModel, table: RopeTable | None, *, k_major: bool) -> None:
+def enter(model: PreTrainedModel, *, k_major: bool) -> None:
     """Put every module that computes under the contract.
 
     Args:
         model: a Qwen3 or Llama.
-        table: the model's RoPE table; made, or refused, here when None.
         k_major: lay the weights out for decode, in place: the same values, names and shapes, other strides.
 
     Raises:
         UnsupportedError: an operation is outside the contract; it is named, and nothing has been changed.
     """
-    forwards = contract_forwards(model, table)
+    forwards = contract_forwards(model)
     if k_major:
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -62,7 +61,7 @@ def is_entered(model: PreTrainedModel) -> bool:
     return hasattr(model, _UNDO)
 
 
-def contract_forwards(model: PreTrainedModel, table: RopeTable | None = None) -> dict[nn.Module, Forward]:
+def contract_forwards(model: PreTrainedModel) -> dict[nn.Module, Forward]:
     """Return the forward under the contract of each module that needs one.
 
     Raises:
@@ -85,7 +84,7 @@ def contract_forwards(model: PreTrainedModel, table: RopeTable | None = None) ->
                 _refuse(where, f"width {width}", f"multiples of {NORM_WIDTH_STEP} under {NORM_WIDTH_LIMIT}")
             forwards[module] = _norm(module)
         elif home in _HOMES and kind.endswith("RotaryEmbedding"):
-            forwards[module] = _rotary(module, table or rope_table(model))
+            forwards[module] = _rotary(require_trusted(model))
         elif kind in ("SiLUActivation", "SiLU"):
             forwards[module] = operations.silu
         elif type(module) not in (nn.Embedding, nn.ModuleList) and not (home in _HOMES and kind.endswith(_CONTAINERS)):
@@ -101,8 +100,7 @@ def _norm(module: Any) -> Forward:
     return lambda x: operations.rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def _rotary(module: Any, table: RopeTable) -> Forward:
-    del module
+def _rotary(table: RopeTable) -> Forward:
     positions = table.cos.shape[0]
 
     def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

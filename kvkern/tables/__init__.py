@@ -59,7 +59,9 @@ class RopeTable:
 
     def to_bytes(self) -> bytes:
         """Return the bytes that the digest is taken over."""
-        return b"".join(part.contiguous().view(torch.int16).numpy().astype("<i2").tobytes() for part in (self.cos, self.sin))
+        return b"".join(
+            part.contiguous().view(torch.int16).numpy().astype("<i2").tobytes() for part in (self.cos, self.sin)
+        )
 
     @functools.cached_property
     def digest(self) -> str:
