@@ -76,7 +76,8 @@ def audit(
         first = found.differences[0]
         fail(
             f"{prefix.digest[:16]}: the stored KV is not what this model computes from the stored tokens: first at "
-            f"token {first.token}, layer {first.layer}, head {first.head}, {first.part}, {counted(first.ulps, 'ulp')} off",
+            f"token {first.token}, layer {first.layer}, head {first.head}, {first.part}, "
+            f"{counted(first.ulps, 'ulp')} off",
             INTEGRITY_ERROR,
         )
 

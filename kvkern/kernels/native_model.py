@@ -36,7 +36,8 @@ def linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
         weight: `[out, in]` bf16, k-major: `weight.t()` has a dense innermost axis.
         y: `[rows, out]` bf16, innermost axis dense, written.
     """
-    if y.numel() == 0:
+    if y.numel() == 0 or x.shape[1] == 0:
+        y.zero_()
         return
     lib = library()
     call = LinearCall(
