@@ -224,8 +224,6 @@ def test_operations__one_place_decides() -> None:
     k_major = operations.to_k_major(weight)
     assert operations.to_k_major(k_major) is k_major and operations.is_k_major(k_major)
     assert operations.resolve_linear(1, k_major) == "c"
-    from tests.support.stock import PROBE
-
     assert (
         operations.resolve_linear(1, weight)
         == operations.resolve_linear(5, k_major)
