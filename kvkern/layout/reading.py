@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from kvkern.layout.parallel import in_parallel
 from kvkern.layout.records import Defect, Report
 from kvkern.layout.shard import Verification, shard_of
 from kvkern.layout.tiles import BLOCK_TOKENS
+from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,6 +137,7 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
             continue
         except KvkernError as error:
             defects.append(Defect(digest, directory.manifest_path(digest), str(error)))
+    defects += _table_defects(directory, manifests)
     jobs = [(manifest, i) for manifest in manifests for i in range(len(manifest.blocks))]
 
     def check(job: tuple[Manifest, int]) -> Defect | None:
@@ -150,6 +153,23 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for manifest, i in jobs]
     defects += [defect for defect in in_parallel(check, jobs, sizes, progress) if defect]
     return Report(len(manifests), len(jobs), sum(sizes), tuple(defects))
+
+
+def _table_defects(directory: Directory, manifests: Sequence[Manifest]) -> list[Defect]:
+    """Check the tables that documents were computed with; one that is not here harms no reader that has its own."""
+    defects, checked = [], set()
+    for manifest in manifests:
+        name = manifest.spec.producer_info.get("rope_table")
+        if not is_digest(name) or name in checked or not os.path.lexists(directory.table_path(name)):
+            continue
+        checked.add(name)
+        try:
+            read_table(directory, name)
+        except AccessError:
+            raise
+        except KvkernError as error:
+            defects.append(Defect(manifest.digest, directory.table_path(name), str(error)))
+    return defects
 
 
 def _quarantined(directory: Directory, damaged: DamagedFile) -> IntegrityError:

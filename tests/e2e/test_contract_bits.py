@@ -1,4 +1,4 @@
-"""The whole model under the contract: one digest however it is called, stock's bits where it agrees, attached = cold."""
+"""The whole model under the contract: one digest in every way of calling it, stock where it agrees, attached = cold."""
 
 from __future__ import annotations
 
