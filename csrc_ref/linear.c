@@ -8,41 +8,50 @@
 #include "kvkern.h"
 
 #define LANES TILE_TOKENS
-#define BAND_LANES 2048 /* of all rows: their accumulators stay in the first-level cache */
+#define BAND_LANES 4096 /* of all rows: their accumulators stay in the first-level cache */
 #define STEP 8          /* weight rows between a load of the accumulators and a store */
+#define LINE_PAIRS (CACHE_LINE_BYTES / 4)
 #define SLAB_ROWS 256   /* rows that share one copy of a panel */
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t run_length(int64_t in) { return in <= LINEAR_LONG_ABOVE ? LINEAR_RUN : LINEAR_RUN_LONG; }
 static uint16_t rounded(float value) { return value == value ? rne16(value) : BF16_NAN; }
 
-#define ADD(j)                                                         \
-    {                                                                  \
-        const lane_pair w = ((const lane_pair *)(weight + (j) * stride))[i]; \
-        e = fmaf(x[j], from_bits(w << 16), e);                         \
-        o = fmaf(x[j], from_bits(w & 0xffff0000u), o);                 \
+#define ADD(j)                                                                                  \
+    {                                                                                           \
+        const lane_pair w = ((const lane_pair *)(weight + (j) * stride))[i];                    \
+        e = fmaf(x[j], from_bits(w << 16), e);                                                  \
+        o = fmaf(x[j], from_bits(w & 0xffff0000u), o);                                          \
     }
 #define ADD_PAIR(j) ADD((j) + 1) ADD(j) /* the odd row of a pair goes first */
-#define ADD_LOOP(ROWS)                     \
-    for (int64_t i = 0; i < half; i++) {   \
-        float e = even[i], o = odd[i];     \
-        ROWS                               \
-        even[i] = e;                       \
-        odd[i] = o;                        \
+#define ADD_LOOP(AHEAD, ROWS) /* AHEAD: weight rows that are fetched meanwhile, to be read once */    \
+    for (int64_t line = 0; line < half; line += LINE_PAIRS) {                                         \
+        for (int row = 0; row < AHEAD; row++)                                                         \
+            __builtin_prefetch((const lane_pair *)(weight + (STEP + row) * stride) + line, 0, 0);     \
+        for (int64_t i = line; i < line + LINE_PAIRS; i++) {                                          \
+            float e = even[i], o = odd[i];                                                            \
+            ROWS                                                                                      \
+            even[i] = e;                                                                              \
+            odd[i] = o;                                                                               \
+        }                                                                                             \
     }
 
-/* acc += x times up to STEP weight rows; lanes split into even and odd as in chain.h. Returns the rows that were added. */
+/* acc += x times up to STEP of the `left` weight rows, lanes split as in chain.h; returns how many were added. */
 static int64_t add_rows(int64_t left, const float *x, const uint16_t *weight, int64_t stride, int64_t half, float *restrict even,
                         float *restrict odd) {
+    if (left >= 2 * STEP) {
+        ADD_LOOP(STEP, ADD_PAIR(0) ADD_PAIR(2) ADD_PAIR(4) ADD_PAIR(6))
+        return STEP;
+    }
     if (left >= STEP) {
-        ADD_LOOP(ADD_PAIR(0) ADD_PAIR(2) ADD_PAIR(4) ADD_PAIR(6))
+        ADD_LOOP(0, ADD_PAIR(0) ADD_PAIR(2) ADD_PAIR(4) ADD_PAIR(6))
         return STEP;
     }
     if (left >= 2) {
-        ADD_LOOP(ADD_PAIR(0))
+        ADD_LOOP(0, ADD_PAIR(0))
         return 2;
     }
-    ADD_LOOP(ADD(0))
+    ADD_LOOP(0, ADD(0))
     return 1;
 }
 
@@ -53,7 +62,7 @@ static void band(const kv_linear_call *call, const float *x, int64_t first, int6
     for (int64_t start = 0; start < in; start += run) {
         const int64_t end = min_of(start + run, in);
         const uint16_t *weight = call->weight + first;
-        memset(acc, 0, sizeof acc);
+        for (int odd = 0; odd < 2; odd++) memset(acc[odd], 0, (size_t)(call->rows * half) * sizeof(float));
         for (int64_t k = start, step = 0; k < end; k += step)
             for (int64_t row = 0; row < call->rows; row++)
                 step = add_rows(end - k, x + row * in + k, weight + k * stride, stride, half, acc[0] + row * half, acc[1] + row * half);
@@ -103,8 +112,7 @@ int64_t kv_linear_scratch_bytes(const kv_linear_call *call) {
 void kv_linear(const kv_linear_call *call) {
     const int64_t units = (call->out + LANES - 1) / LANES, threads = call->num_threads;
     const int64_t whole = call->rows <= MAX_ROWS ? call->out / LANES : 0; /* units that go in bands */
-    const int64_t shares = threads * 2; /* a thread that is late leaves its second one to others */
-    const int64_t share = min_of((whole + shares - 1) / shares, BAND_LANES / LANES / MAX_ROWS * (MAX_ROWS / call->rows));
+    const int64_t share = min_of((whole + threads - 1) / threads, BAND_LANES / LANES / MAX_ROWS * (MAX_ROWS / call->rows));
     float *x = call->scratch;
     for (int64_t first = 0; first < call->rows; first += SLAB_ROWS) {
         const int64_t rows = min_of(SLAB_ROWS, call->rows - first);

@@ -94,7 +94,11 @@ LINEAR_TWINS = {
     "runs of 256": ("contract.h", "#define LINEAR_RUN 512", "#define LINEAR_RUN 256"),
     "long runs of 512": ("contract.h", "#define LINEAR_RUN_LONG 1024", "#define LINEAR_RUN_LONG 512"),
     "long runs from 512": ("contract.h", "#define LINEAR_LONG_ABOVE 1024", "#define LINEAR_LONG_ABOVE 512"),
-    "one chain over all": ("linear.c", "memset(acc, 0, sizeof acc);", "if (!start) memset(acc, 0, sizeof acc);"),
+    "one chain over all": (
+        "linear.c",
+        "for (int odd = 0; odd < 2; odd++) memset(acc",
+        "for (int odd = 0; odd < 2 && !start; odd++) memset(acc",
+    ),
     "products rounded": (
         "linear.c",
         "e = fmaf(x[j], from_bits(w << 16), e);",
