@@ -37,18 +37,24 @@ def report(results: dict[str, Any], name: str) -> str:
     run = f"A question of {machine['question_tokens']} tokens, {machine['steps']} greedy tokens"
     parts = [
         "# Prefill from scratch against attach and continue: Qwen3-4B",
-        f"The question of arXiv 2606.13361, asked of this machine. Written by `python -m bench.paper_table --report` from "
-        f"[{name}]({name}): {host}; {model}. {run}. One run a row, on a CPU; no GPU was at hand, and nothing is said of "
+        "The question of arXiv 2606.13361, asked of this machine. Written by `python -m bench.paper_table "
+        "--report` from "
+        f"[{name}]({name}): {host}; {model}. {run}. One run a row, on a CPU; no GPU was at hand, and nothing "
+        "is said of "
         "one.",
-        "`stock` is Hugging Face's default, sdpa; `contract` is the whole model under the numeric contract, from scratch "
+        "`stock` is Hugging Face's default, sdpa; `contract` is the whole model under the numeric contract, "
+        "from scratch "
         "and attached. Tokens and logits of the attached run are compared with both.",
         markdown(*_times(rows, machine["steps"])),
-        "`x` is the speed of attaching in times of stock's prefill, until the first token; 1 or less loses. A first open "
+        "`x` is the speed of attaching in times of stock's prefill, until the first token; 1 or less loses. "
+        "A first open "
         f"in a process also hashes the weights once, {number(machine['weights_digest_s'])} s, which no row counts.",
         markdown(*_bits(rows, machine["steps"])),
         markdown(*_worth(rows)),
-        "`pays after`: how many readers it takes until one prefill under the contract, published, and an attach for each "
-        "of them (loaded by a first open) is cheaper than stock's prefill for each. `worth fetching above`: the bandwidth "
+        "`pays after`: how many readers it takes until one prefill under the contract, published, and an "
+        "attach for each "
+        "of them (loaded by a first open) is cheaper than stock's prefill for each. `worth fetching above`: "
+        "the bandwidth "
         "from which on loading the document beats computing it.",
         "![time to the first token](paper.png)",
     ]
