@@ -24,6 +24,7 @@ from kvkern.layout import (
     Summary,
     blocks_for,
     map_pool,
+    upload,
 )
 from kvkern.layout.index import token_tensor
 from kvkern.spec import PRODUCERS
@@ -264,8 +265,9 @@ class Prefix:
 
     @cached_property
     def pool(self) -> MappedPool:
-        """What kernels read: the mapped shards, in place."""
-        return map_pool(self.document.shards[: blocks_for(self.tokens)])
+        """What kernels read: the mapped shards, in place; on a GPU one arena that all readers of this prefix share."""
+        pool = map_pool(self.document.shards[: blocks_for(self.tokens)])
+        return pool if self.model.device.type == "cpu" else upload(pool, self.model.device)
 
     def prepare(
         self,
