@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvkern.contract import CONTRACT_ID
-from kvkern.model_patch.probe import stock_order
+from kvkern.probe import stock_order
 from tests.support.bits import differing
 
 if TYPE_CHECKING:

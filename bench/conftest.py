@@ -19,7 +19,7 @@ import kvkern
 from bench.allocator import keep_freed_pages
 from bench.shapes import cpu_model, last_level_cache_bytes
 from kvkern.kernels import native
-from kvkern.model_patch.probe import stock_order
+from kvkern.probe import stock_order
 
 transformers.utils.logging.disable_progress_bar()
 ALLOCATOR = "malloc keeps freed pages" if keep_freed_pages() else "as it is"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvkern import Prefix, Store
 
 QUESTION_TOKENS = 16
+SCOPES = {"kvkern": "attention", "kvkern-model": "model"}
 
 
 @functools.cache
@@ -45,6 +46,7 @@ def published(tokens: int) -> tuple[Subject, Store, str]:
 def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Let the model attend with one implementation for a while."""
     before = model.config._attn_implementation
+    assert before != "kvkern_contract", "a model under the contract is left by whoever entered it"
     attend_with(model, implementation)
     try:
         yield
@@ -53,11 +55,12 @@ def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 
 def attend_with(model: PreTrainedModel, implementation: str) -> None:
-    """Select an attention implementation, kvkern's or any that is registered."""
-    if implementation == "kvkern":
-        kvkern.patch(model)
-    else:
-        model.set_attn_implementation(implementation)
+    """Select an attention implementation, registered or kvkern's; `kvkern-model` is the whole model ours."""
+    if implementation in SCOPES:
+        kvkern.patch(model, scope=SCOPES[implementation])
+        return
+    kvkern.unpatch(model)
+    model.set_attn_implementation(implementation)
 
 
 def dense_kv(prefix: Prefix) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ MISSING = "-"
 LABELS = {
     "read": "read bandwidth, beside",
     "kvkern": "kvkern, exact C",
+    "kvkern-model": "kvkern, the whole model under the contract",
     "kvkern-public": "kvkern, through prefix_attention()",
     "eager": "stock eager",
     "eager-fresh-pages": "stock eager, malloc returns its pages",
@@ -42,6 +43,14 @@ LABELS = {
     "one-later": "open 1 document, later",
     "all-first": "open 1,000 documents, first in a process",
     "all-later": "open 1,000 documents, later",
+    "linear-c": "kvkern, C",
+    "linear-torch": "stock, the row computed as two",
+    "linear-stock": "stock, one row (other bits over 1,024 inputs)",
+    "contract-stock-path": "contract, stock torch's Linear",
+    "contract-c-path": "contract, all in C",
+    "contract-publish": "contract, packed and written",
+    "audit-all": "audit, the verdict",
+    "audit-32": "audit, a spot check of 32 tokens",
     "find": "find the longest beginning among 1,000",
 }
 
@@ -199,6 +208,19 @@ SECTIONS = (
         "Open one document of many",
         "300 tokens each, two blocks, one of them shared by all; every byte verified.",
         (("ms a document", ms_per_document),),
+    ),
+    Section(
+        "linear",
+        "Linear of one row",
+        "What decode pays for a weight. Under the contract every row has the bits that it has among others.",
+        (times_speed_of("linear-torch"), *RATES, BITS),
+    ),
+    Section(
+        "contract-prefill",
+        "Prefill under the contract",
+        "Bits are those of K and V against the contract's own, by the stock path: stock's eager and sdpa differ "
+        "from it past 1,024 tokens.",
+        (times_speed_of("eager-prefill"), times_speed_of("sdpa-prefill"), BITS),
     ),
     Section(
         "decode-step",

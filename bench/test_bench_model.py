@@ -11,7 +11,7 @@ import torch
 from bench import no_op
 from bench.bandwidth import read_variant
 from bench.bits import compared
-from bench.documents import attend_with, attending, published, stock_cache
+from bench.documents import SCOPES, attend_with, attending, published, stock_cache
 from bench.rotation import READ, REPLAYED, Cell, Variant, replay, rotate
 from bench.shapes import PREFIX_TOKENS
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvkern import Prefix
 
 pytestmark = REPLAYED
-PEERS = ("no-op", "kvkern", "eager", "sdpa")
+PEERS = ("no-op", "kvkern", "kvkern-model", "eager", "sdpa")
 STEP = (READ, *PEERS)
 _VERIFIED_STEPS = 4
 _ROUNDS = 25
@@ -49,7 +49,7 @@ class Reader:
         self.columns = prefix.tokens
         if implementation == no_op.NO_OP:
             self.cache = no_op.empty_cache(prefix.spec.num_layers, prefix.tokens)
-        elif implementation != "kvkern":
+        elif implementation not in SCOPES:
             self.cache = stock_cache(prefix)
         self.inputs: dict[str, Any] = {}
 
@@ -58,7 +58,7 @@ class Reader:
         attend_with(self.model, self.implementation)
         token = self.prefix.token_ids[self.columns % self.prefix.tokens].reshape(1, 1)
         self.columns += 1
-        if self.implementation == "kvkern":
+        if self.implementation in SCOPES:
             self.inputs = self.prefix.prepare(token, cache=self.cache)
             self.cache = self.inputs["past_key_values"]
             return

@@ -1,4 +1,4 @@
-/* Constants of the numeric contract eager-bf16-v1, part A. kvkern/contract.py is the twin; a test compares them bit for bit. */
+/* Constants of the numeric contract eager-bf16-v1. kvkern/contract.py is the twin; a test compares them bit for bit. */
 #ifndef KVKERN_CONTRACT_H
 #define KVKERN_CONTRACT_H
 
@@ -8,6 +8,10 @@
 #define SUM_LANES 16     /* A4: lanes of the softmax sum, by key index mod 16 */
 #define KEY_RUN 512      /* A5: keys of one output chain under the contract */
 #define KEY_RUN_LONG 1024 /* A5: the same in stock, for 2 query rows or more over more than 1,024 keys */
+
+#define LINEAR_RUN 512         /* B1: terms of one chain of a Linear */
+#define LINEAR_RUN_LONG 1024   /* B1: the same above LINEAR_LONG_ABOVE input channels */
+#define LINEAR_LONG_ABOVE 1024
 
 /* A6: exp_c. */
 #define EXP_LOG2E 0x1.715476p+0f

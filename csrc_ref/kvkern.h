@@ -1,10 +1,10 @@
-/* The C interface of kvkern: contract part A over packed tiles. kvkern/kernels/native.py mirrors the structs. */
+/* The C interface of kvkern: the numeric contract. kvkern/kernels/native*.py mirror the structs. */
 #ifndef KVKERN_H
 #define KVKERN_H
 
 #include <stdint.h>
 
-#define KVKERN_ABI 1
+#define KVKERN_ABI 2
 
 /* Status codes. */
 enum { KVKERN_OK = 0, KVKERN_SCRATCH_TOO_SMALL = 1 };
@@ -56,6 +56,29 @@ typedef struct {
 } kv_append_call;
 
 void kv_append(const kv_append_call *call);
+
+/* y = x W^T (B1). The weight is k-major: [in][out], its row k `stride_w` elements from the one before. Innermost axes are dense. */
+typedef struct {
+    int64_t rows, in, out;
+    const uint16_t *x; /* [rows, in] */
+    int64_t stride_x;
+    const uint16_t *weight;
+    int64_t stride_w;
+    uint16_t *y; /* [rows, out] */
+    int64_t stride_y;
+    float *scratch; /* kv_linear_scratch_bytes */
+    int64_t num_threads;
+} kv_linear_call;
+
+int64_t kv_linear_scratch_bytes(const kv_linear_call *call);
+void kv_linear(const kv_linear_call *call);
+
+/* y = RNE16(RNE16(x / rms(x)) weight) (B2), width a multiple of 32 under 8,192. */
+void kv_rms_norm(const uint16_t *x, int64_t stride_x, const uint16_t *weight, float eps, uint16_t *y, int64_t stride_y, int64_t rows,
+                 int64_t width);
+
+/* y = RNE16(silu[gate] up) (B4), elementwise; silu has 65,536 entries. Without up: y = silu[gate]. */
+void kv_silu(const uint16_t *gate, const uint16_t *up, const uint16_t *silu, uint16_t *y, int64_t count);
 
 /* For tests: exp_c, and RNE16, elementwise. */
 void kv_exp(const float *x, float *y, int64_t n);

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvkern.attention import KVView, Plan, fast_workspace, prefix_attention, resolve
+    from kvkern.auditing import Audit, audit
     from kvkern.errors import (
         AccessError,
         IntegrityError,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AccessError": "errors",
+    "Audit": "auditing",
     "Collected": "layout",
     "Explanation": "layout",
     "IntegrityError": "errors",
@@ -39,6 +41,7 @@ _HOMES = {
     "Summary": "layout",
     "Store": "model_patch.store",
     "UnsupportedError": "errors",
+    "audit": "auditing",
     "fast_workspace": "attention",
     "patch": "model_patch.register",
     "prefix_attention": "attention",
@@ -48,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "AccessError",
+    "Audit",
     "Collected",
     "Explanation",
     "IntegrityError",
@@ -63,6 +67,7 @@ __all__ = [
     "Store",
     "Summary",
     "UnsupportedError",
+    "audit",
     "fast_workspace",
     "patch",
     "prefix_attention",

@@ -334,7 +334,7 @@ def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot:
     Raises:
         UnsupportedError: no backend runs there.
     """
-    if k.device.type == "cpu":
+    if _takes_c(k, "auto"):
         native.append(k, v, suffix_k, suffix_v, first_slot, count)
         return
     from kvkern.kernels import ops, triton_door

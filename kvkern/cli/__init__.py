@@ -10,6 +10,7 @@ from kvkern.cli.app import app, main
 
 # Importing them adds their commands; --help lists these in this order.
 from kvkern.cli import models  # noqa: F401 isort: skip
+from kvkern.cli import auditing  # noqa: F401 isort: skip
 from kvkern.cli import stores  # noqa: F401 isort: skip
 from kvkern.cli import host  # noqa: F401 isort: skip
 

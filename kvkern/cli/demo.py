@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from kvkern.cli.asking import QUESTION, ask, document_ids, question_rows
+from kvkern.environment import cpu_isa
 from kvkern.errors import LayoutError
 from kvkern.kernels import native
 from kvkern.layout import unpack
-from kvkern.model_patch.identity import cpu_isa, spec_of
+from kvkern.model_patch.identity import spec_of
 from kvkern.model_patch.load import SMOLLM2, load_model
-from kvkern.model_patch.probe import stock_order
 from kvkern.model_patch.register import patch
 from kvkern.model_patch.store import Store, prefill
+from kvkern.probe import stock_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -23,8 +23,8 @@ def env(output: FormatOption = Format.table) -> None:
     import torch
 
     from kvkern.contract import CONTRACT_ID
-    from kvkern.model_patch.identity import cpu_isa
-    from kvkern.model_patch.probe import stock_order
+    from kvkern.environment import cpu_isa
+    from kvkern.probe import stock_order
 
     names = ("torch", "triton", "transformers", "safetensors")
     data = {
@@ -37,6 +37,7 @@ def env(output: FormatOption = Format.table) -> None:
         "c_library": _c_library(),
         "contract": CONTRACT_ID,
         "plan": _plan(),
+        "linear": _linear(),
         "stock": dataclasses.asdict(stock_order()),
     }
     print_result(output, data, fields({name: "-" if value is None else value for name, value in flat(data)}))
@@ -62,6 +63,16 @@ def _c_library() -> dict[str, Any]:
         "path": str(build.library),
         "is_compiled": build.library.exists(),
     }
+
+
+def _linear() -> dict[str, str]:
+    """Resolve a Linear under the contract, of one row and of many."""
+    import torch
+
+    from kvkern.operations import resolve_linear, to_k_major
+
+    weight = to_k_major(torch.zeros(64, 64, dtype=torch.bfloat16))
+    return {"one_row": resolve_linear(1, weight), "many_rows": resolve_linear(64, weight)}
 
 
 def _plan() -> dict[str, str]:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,16 @@ from kvkern.cli.view import Format, counted, demo_view, dialogue, fields, print_
 _CONTRACT_ISA = "AVX512_CORE_BF16"
 
 DemoStoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of the store; temporary if left out.")]
+
+
+class Producer(StrEnum):
+    """How KV is computed."""
+
+    stock = "stock"
+    contract = "contract"
+
+
+ProducerOption = Annotated[Producer, typer.Option(help="stock: as the model runs; contract: every bit is fixed.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 AttentionOption = Annotated[Attention, typer.Option(help="What attends; kvkern has the bits of eager.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Append the question as it is.")]
@@ -73,12 +84,15 @@ def publish(
     file: FileArgument,
     store: StoreOption = DEFAULT_STORE,
     salt: SaltOption = "",
+    producer: ProducerOption = Producer.stock,
     stock_attention: AttentionOption = Attention.kvkern,
     output: FormatOption = Format.table,
 ) -> None:
     """Compute a document's KV once and publish it; prints the digest that names it.
 
-    Example: kvkern publish smollm2 book.txt
+    With --producer contract anyone can recompute the document bit for bit: see audit.
+
+    Example: kvkern publish smollm2 book.txt --producer contract
     """
     text = read_text(file)
     network, tokenizer = load(model, stock_attention)
@@ -86,7 +100,8 @@ def publish(
 
     start = time.perf_counter()
     with progress_bar("publishing") as progress:
-        done = kvkern.Store(store).publish(network, document_ids(tokenizer, text), salt=salt, progress=progress)
+        ids = document_ids(tokenizer, text)
+        done = kvkern.Store(store).publish(network, ids, producer=producer.value, salt=salt, progress=progress)
     data = {**dataclasses.asdict(done), "seconds": time.perf_counter() - start}
     view = {
         "digest": done.digest,

@@ -25,13 +25,13 @@ from torch import Tensor
 from kvkern.environment import c_compiler, user_cache
 from kvkern.errors import LayoutError, UnsupportedError
 
-ABI = 1
+ABI = 2
 SCRATCH_BOUND_BYTES = 64 << 20
 """Scratch of one call stays under this, or under what a single query position of all readers needs, if that is more."""
 
 # Plain loops over lanes need width, not licence: nothing here lets the compiler re-associate, contract or approximate.
 _BIT_SAFE_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-_SOURCES = ("attention.c", "append.c")
+_SOURCES = ("attention.c", "append.c", "linear.c", "elementwise.c")
 
 _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -167,7 +167,12 @@ def load_library(path: Path) -> ctypes.CDLL:
     lib.kv_contract_id.restype = ctypes.c_char_p
     lib.kv_attend.argtypes = lib.kv_append.argtypes = [_pointer]
     lib.kv_exp.argtypes = lib.kv_round16.argtypes = [_pointer, _pointer, _int64]
-    lib.kv_append.restype = None
+    lib.kv_linear_scratch_bytes.restype, lib.kv_linear_scratch_bytes.argtypes = _int64, [_pointer]
+    lib.kv_linear.argtypes = [_pointer]
+    lib.kv_rms_norm.argtypes = [_pointer, _int64, _pointer, ctypes.c_float, _pointer, *[_int64] * 3]
+    lib.kv_silu.argtypes = [*[_pointer] * 4, _int64]
+    for function in (lib.kv_append, lib.kv_linear, lib.kv_rms_norm, lib.kv_silu):
+        function.restype = None
     if lib.kv_abi() != ABI:
         raise LayoutError(f"csrc_ref has ABI {lib.kv_abi()}, native.py expects {ABI}: reinstall kvkern")
     return lib

@@ -2,7 +2,7 @@
 
 from kvkern.layout.blockstore import GRACE_S, BlockStore
 from kvkern.layout.manifest import Manifest
-from kvkern.layout.pool import Document, MappedPool, map_pool, stack_tables
+from kvkern.layout.pool import Document, MappedPool, map_pool, stack_tables, upload
 from kvkern.layout.records import Collected, Defect, Explanation, Published, Report, Summary
 from kvkern.layout.shard import Shard, encode_shard, map_shard
 from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, TILE_TOKENS, blocks_for, pack, unpack
@@ -30,4 +30,5 @@ __all__ = [
     "pack",
     "stack_tables",
     "unpack",
+    "upload",
 ]

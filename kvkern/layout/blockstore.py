@@ -15,8 +15,8 @@ from kvkern.layout.files import accessing, make_folder, sync_folder
 from kvkern.layout.index import chain_keys, common_tokens, token_tensor
 from kvkern.layout.leases import Holder, Leases
 from kvkern.layout.pool import Document
-from kvkern.layout.publish import publish
-from kvkern.layout.reading import RemovedError, check_documents, map_blocks, read_manifest
+from kvkern.layout.publish import publish, put_table
+from kvkern.layout.reading import RemovedError, check_documents, map_blocks, read_manifest, read_table
 from kvkern.layout.records import Collected, Defect, Explanation, Published, Report, Summary
 from kvkern.layout.search import Search
 from kvkern.spec import KVSpec
@@ -110,6 +110,22 @@ class BlockStore:
         self._leases.hold(holder, digest)  # before anything is read: gc sees either the lease or the document
         manifest = read_manifest(self.directory, digest)
         return Document(manifest, tuple(map_blocks(self.directory, manifest, verify, progress)), holder)
+
+    def put_table(self, data: bytes) -> str:
+        """Keep a table that documents are computed with, such as RoPE's; returns its SHA-256, which names it.
+
+        Raises:
+            AccessError: the file system refused.
+        """
+        return put_table(self.directory, data)
+
+    def table(self, digest: str) -> bytes:
+        """Read a table by its digest.
+
+        Raises:
+            IntegrityError: the file is missing, or its bytes are not those of the digest.
+        """
+        return read_table(self.directory, digest)
 
     def manifest(self, digest: str) -> Manifest:
         """Read one manifest by its digest or a unique beginning of it.

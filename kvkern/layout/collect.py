@@ -141,7 +141,7 @@ class _Plan:
 
     def leftovers(self) -> None:
         """Find temporary files of publishers that were killed."""
-        for folder in (".", "manifests", "index", *self._block_folders()):
+        for folder in (".", "manifests", "index", "tables", *self._block_folders()):
             for path in self._paths(folder):
                 if not path.name.startswith(TEMPORARY) or not self._is_old(path):
                     continue

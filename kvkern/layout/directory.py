@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvkern.layout.files import DamagedFile
 
 FORMAT = "kvkern-store-v1"
-FOLDERS = ("blocks", "manifests", "index", "removed", "condemned", "quarantine", "leases")
+FOLDERS = ("blocks", "manifests", "index", "tables", "removed", "condemned", "quarantine", "leases")
 _MARKER_LIMIT_BYTES = 4096
 
 
@@ -69,6 +69,10 @@ class Directory:
     def index_path(self, digest: str) -> Path:
         """Path of a manifest's index file."""
         return self.root / "index" / f"{digest}.json"
+
+    def table_path(self, digest: str) -> Path:
+        """Path of a table that documents were computed with."""
+        return self.root / "tables" / f"{digest}.bin"
 
     def digests(self) -> list[str]:
         """Names of the published documents, sorted."""

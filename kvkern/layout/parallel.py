@@ -22,8 +22,7 @@ def in_parallel(
     """Map `work` over items, in their order; the first error ends it.
 
     Args:
-        work: called once per item; lets go of the GIL where it is slow. What is plain Python belongs into the loop
-            over the results, which runs meanwhile.
+        work: called once per item, begun in their order; lets go of the GIL where it is slow.
         items: what to work on.
         sizes: bytes behind each item.
         progress: called with `(done, total)` bytes after each item.

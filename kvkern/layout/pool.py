@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class MappedPool:
-    """Blocks where they lie, each in its own read-only mapping.
+    """Blocks where they lie, each in its own read-only mapping; or, from `upload`, all in one arena on a device.
 
     Attributes:
-        anchor: bf16 view of the first block's K; offsets count from `anchor.data_ptr()`.
+        anchor: bf16 view of the first block's K, or the arena; offsets count from `anchor.data_ptr()`.
         block_table: `[n, 2]` int64 on the CPU, offsets in bf16 ELEMENTS of each block's K and V,
             of either sign.
         shards: keep the mappings alive; hold the pool for as long as a kernel may read.
@@ -74,6 +74,26 @@ def map_pool(shards: Sequence[Shard]) -> MappedPool:
     anchor = shards[0].k
     rows = [[_elements_between(anchor, s.k), _elements_between(anchor, s.v)] for s in shards]
     return MappedPool(anchor, torch.tensor(rows, dtype=torch.int64), tuple(shards))
+
+
+def upload(pool: MappedPool, device: torch.device) -> MappedPool:
+    """Copy a pool's blocks into one arena on a device; readers there share it.
+
+    Args:
+        pool: mapped shards.
+        device: where the arena goes.
+
+    Returns:
+        A pool whose anchor is the arena, `[elements]` bf16, and whose shards are still the mapped ones.
+    """
+    parts = [part for shard in pool.shards for part in (shard.k, shard.v)]
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + part.numel())
+    arena = torch.empty(starts[-1], dtype=torch.bfloat16, device=device)
+    for start, part in zip(starts[:-1], parts, strict=True):
+        arena[start : start + part.numel()].copy_(part.reshape(-1))
+    return MappedPool(arena, torch.tensor(starts[:-1], dtype=torch.int64).view(-1, 2), pool.shards)
 
 
 def stack_tables(tables: Sequence[Tensor]) -> Tensor:

@@ -60,6 +60,18 @@ def _put_block(directory: Directory, data: bytes) -> tuple[str, bool]:
     return block_id, True
 
 
+def put_table(directory: Directory, data: bytes) -> str:
+    """Keep a table; see `BlockStore.put_table`."""
+    digest = hashlib.sha256(data).hexdigest()
+    path = directory.table_path(digest)
+    if not _is_there(directory, path, "a table", data, digest):
+        with directory.lock(exclusive=False), accessing(path, "write"):
+            write_atomically(path, data)
+            sync_folder(path.parent)
+            sync_folder(directory.root)
+    return digest
+
+
 def _commit(directory: Directory, manifest: Manifest, encoded: Callable[[int], bytes]) -> None:
     """Make the document visible when every block is there and durable."""
     path, data = directory.manifest_path(manifest.digest), manifest.to_bytes()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, IntegrityError, KvkernError, LayoutError
@@ -11,15 +15,19 @@ from kvkern.layout.header import payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
 from kvkern.layout.records import Defect, Report
-from kvkern.layout.shard import map_verified, shard_of
+from kvkern.layout.shard import Verification, shard_of
 from kvkern.layout.tiles import BLOCK_TOKENS
+from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvkern.layout.directory import Directory
     from kvkern.layout.parallel import Progress
     from kvkern.layout.shard import Shard, VerifiedBytes
+
+
+MAX_TABLE_BYTES = 1 << 28
 
 
 class RemovedError(LayoutError):
@@ -40,17 +48,67 @@ def read_manifest(directory: Directory, digest: str) -> Manifest:
     return Manifest.from_bytes(data, digest)
 
 
+def read_table(directory: Directory, digest: str) -> bytes:
+    """Read a table by its digest; see `BlockStore.table`."""
+    path = directory.table_path(digest)
+    try:
+        data = read_regular(path, "a table", MAX_TABLE_BYTES)
+    except FileNotFoundError:
+        text = f"{path}: file: the table is missing; publish a document of this model with producer 'contract' again"
+        raise IntegrityError(text) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
+        raise _quarantined(directory, DamagedFile(text, path, digest))
+    return data
+
+
 def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:
-    """Map and verify all blocks of a document; see `BlockStore.get`."""
+    """Map and verify all blocks of a document; see `BlockStore.get`.
+
+    The last block is begun before the others and finished after them, so that all threads end together: seven and a
+    half blocks each, not eight and seven. Python that runs beside two hashing threads costs them more than it takes
+    alone, so headers are read when all bytes have been.
+    """
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))]
-    parts = in_parallel(lambda i: _map_bytes(directory, manifest, i, verify), range(len(sizes)), sizes, progress)
+    last = len(sizes) - 1
+    begun: Future[Verification] = Future()
+
+    def begin() -> None:
+        try:
+            check = _verification(directory, manifest, last, verify)
+            check.begin()
+            begun.set_result(check)
+        except BaseException as error:
+            begun.set_exception(error)
+            raise
+
+    jobs = [begin, *(partial(_map_bytes, directory, manifest, i, verify) for i in range(last))]
+    jobs += [lambda: _finished(directory, begun.result())]
+    half = sizes[last] // 2
+    parts = list(in_parallel(lambda job: job(), jobs, [half, *sizes[:last], sizes[last] - half], progress))[1:]
     return [_shard(directory, manifest, i, part) for i, part in enumerate(parts)]
 
 
 def _map_bytes(directory: Directory, manifest: Manifest, i: int, verify: str) -> VerifiedBytes:
+    return _finished(directory, _verification(directory, manifest, i, verify))
+
+
+def _verification(directory: Directory, manifest: Manifest, i: int, verify: str) -> Verification:
     block_id = manifest.blocks[i]
+    with _setting_aside(directory):
+        return Verification(directory.block_path(block_id), block_id, verify)
+
+
+def _finished(directory: Directory, check: Verification) -> VerifiedBytes:
+    with _setting_aside(directory):
+        return check.finish()
+
+
+@contextmanager
+def _setting_aside(directory: Directory) -> Iterator[None]:
     try:
-        return map_verified(directory.block_path(block_id), block_id, verify=verify)
+        yield
     except DamagedFile as damaged:
         raise _quarantined(directory, damaged) from None
 
@@ -79,6 +137,7 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
             continue
         except KvkernError as error:
             defects.append(Defect(digest, directory.manifest_path(digest), str(error)))
+    defects += _table_defects(directory, manifests)
     jobs = [(manifest, i) for manifest in manifests for i in range(len(manifest.blocks))]
 
     def check(job: tuple[Manifest, int]) -> Defect | None:
@@ -94,6 +153,23 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for manifest, i in jobs]
     defects += [defect for defect in in_parallel(check, jobs, sizes, progress) if defect]
     return Report(len(manifests), len(jobs), sum(sizes), tuple(defects))
+
+
+def _table_defects(directory: Directory, manifests: Sequence[Manifest]) -> list[Defect]:
+    """Check the tables that documents were computed with; one that is not here harms no reader that has its own."""
+    defects, checked = [], set()
+    for manifest in manifests:
+        name = manifest.spec.producer_info.get("rope_table")
+        if not is_digest(name) or name in checked or not os.path.lexists(directory.table_path(name)):
+            continue
+        checked.add(name)
+        try:
+            read_table(directory, name)
+        except AccessError:
+            raise
+        except KvkernError as error:
+            defects.append(Defect(manifest.digest, directory.table_path(name), str(error)))
+    return defects
 
 
 def _quarantined(directory: Directory, damaged: DamagedFile) -> IntegrityError:

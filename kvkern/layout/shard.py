@@ -145,13 +145,45 @@ def map_verified(path: Path, block_id: str, *, verify: str = "auto") -> Verified
         LayoutError: not a regular file, or too large.
         AccessError: the file system refused; the file may be fine.
     """
-    if verify not in ("auto", "sha256"):
-        raise LayoutError(f"verify must be 'auto' or 'sha256', got {verify!r}")
-    buffer = _map(path, block_id)
-    known = _VERIFIED.get(block_id) if verify == "auto" else None
-    if known is None or xxhash.xxh3_128_digest(buffer) != known:
-        _VERIFIED[block_id] = _check_digest(buffer, path, block_id)
-    return VerifiedBytes(path, block_id, buffer)
+    return Verification(path, block_id, verify).finish()
+
+
+class Verification:
+    """A block's file, mapped, whose bytes are being checked; one thread may begin and another one finish."""
+
+    def __init__(self, path: Path, block_id: str, verify: str = "auto") -> None:
+        """Map the file; arguments and errors as in `map_verified`."""
+        if verify not in ("auto", "sha256"):
+            raise LayoutError(f"verify must be 'auto' or 'sha256', got {verify!r}")
+        self.path, self.block_id, self.buffer = path, block_id, _map(path, block_id)
+        self._known = _VERIFIED.get(block_id) if verify == "auto" else None
+        self._sha, self._xxh, self._place = hashlib.sha256(), xxhash.xxh3_128(), 0
+
+    def begin(self) -> None:
+        """Do half of the work."""
+        if self._known is None:
+            self._hash(len(self.buffer) // 2)
+
+    def finish(self) -> VerifiedBytes:
+        """Do the rest, and prove that the mapped bytes are the block's, or that they are not."""
+        if self._known is None or xxhash.xxh3_128_digest(self.buffer) != self._known:
+            self._hash(len(self.buffer))
+            _VERIFIED[self.block_id] = self._checked()
+        return VerifiedBytes(self.path, self.block_id, self.buffer)
+
+    def _hash(self, end: int) -> None:
+        while self._place < end:  # both hashes see a step while it is in the cache
+            step = self.buffer[self._place : min(self._place + _STEP_BYTES, end)]
+            self._sha.update(step)
+            self._xxh.update(step)
+            self._place += len(step)
+
+    def _checked(self) -> bytes:
+        found = self._sha.hexdigest()
+        if found != self.block_id:
+            text = f"{self.path}: SHA-256: the bytes have {found}, the name promises {self.block_id}"
+            raise DamagedFile(text, self.path, self.block_id)
+        return self._xxh.digest()
 
 
 def shard_of(verified: VerifiedBytes, spec: KVSpec) -> Shard:
@@ -211,19 +243,6 @@ def _map(path: Path, block_id: str) -> np.ndarray:
             raise DamagedFile(text, path, block_id)
         with accessing(path, "map"):
             return map_file(fd, size)
-
-
-def _check_digest(buffer: np.ndarray, path: Path, block_id: str) -> bytes:
-    """Prove that the mapped bytes are the block's, or that they are not; returns their xxh3_128."""
-    sha, xxh = hashlib.sha256(), xxhash.xxh3_128()
-    for start in range(0, len(buffer), _STEP_BYTES):  # both hashes see a step while it is in the cache
-        step = buffer[start : start + _STEP_BYTES]
-        sha.update(step)
-        xxh.update(step)
-    if sha.hexdigest() != block_id:
-        text = f"{path}: SHA-256: the bytes have {sha.hexdigest()}, the name promises {block_id}"
-        raise DamagedFile(text, path, block_id)
-    return xxh.digest()
 
 
 def _tensors(buffer: np.ndarray, header: Header) -> dict[str, Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvkern.attention import KVView, launch, prefix_attention
+from kvkern.contract import KEY_RUN
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvkern.attention import KeyRun
 
 # Keyword arguments of transformers that do not change what attention computes.
 _HARMLESS = frozenset(
@@ -36,6 +40,8 @@ def attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    key_run: KeyRun = "stock",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend. Signature of transformers' attention interface.
@@ -48,6 +54,7 @@ def attention_forward(
         attention_mask: what `masks.padding_mask` returned.
         scaling: factor of the scores.
         dropout: must be 0.
+        key_run: keys of one output chain.
         kwargs: whatever else the model passes; anything that would change the result is refused.
 
     Returns:
@@ -59,15 +66,21 @@ def attention_forward(
     _refuse(module, query, attention_mask, dropout, kwargs)
     handle: LayerHandle | None = getattr(key, HANDLE_ATTRIBUTE, None)
     if handle is None:
-        return _attend_plain(query, key, value, attention_mask, scaling), None
+        return _attend_plain(query, key, value, attention_mask, scaling, key_run), None
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
-    launch(native.dense_rows(query), kv, out, None, sm_scale=scaling)
+    launch(native.dense_rows(query), kv, out, None, sm_scale=scaling, key_run=key_run)
     return out, None
 
 
-def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+contract_attention_forward = partial(attention_forward, key_run=KEY_RUN)
+"""Attend under the contract, whatever the chunks: what scope "model" registers."""
+
+
+def _attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, key_run: KeyRun
+) -> Tensor:
     """Attend over a cache of plain tensors; each row is packed without its padding and has the bits of a lone row."""
     if k.device.type == "meta":
         raise KvkernError(
@@ -80,7 +93,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling:
     rows, columns = q.shape[2], k.shape[2]
     if mask is None:
         kv = KVView.from_dense(k, v, query_len=min(rows, columns))
-        return prefix_attention(q, kv, sm_scale=scaling)
+        return prefix_attention(q, kv, sm_scale=scaling, key_run=key_run)
     lens = mask.sum(1, dtype=torch.int32)
     query_len = mask[:, columns - rows :].sum(1, dtype=torch.int32)
     is_suffix = mask[:, 1:] >= mask[:, :-1]
@@ -89,7 +102,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling:
         k, v = (x.gather(2, order.expand_as(x)) for x in (k, v))
         _require_trailing_queries(mask[:, columns - rows :])
     kv = KVView.from_dense(k, v, lens=lens, query_len=query_len)
-    return prefix_attention(q, kv, sm_scale=scaling)
+    return prefix_attention(q, kv, sm_scale=scaling, key_run=key_run)
 
 
 def _require_trailing_queries(query_mask: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvkern.attention import KVView
+from kvkern.attention import KVView, append
 from kvkern.contract import TILE_TOKENS
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
@@ -29,21 +29,21 @@ class _Step:
 
     Attributes:
         columns: columns of the cache before and after it.
-        mask: `[B, columns after]` bool, False where padded.
-        query_len: `[B]` int32, tokens that are no padding.
-        first_slot: `[B]` int32, where they go in the suffix tiles.
-        suffix_len: `[B]` int32, suffix tokens after it.
+        mask: `[B, columns after]` bool on the CPU, False where padded.
+        query_len: `[B]` int32 on the CPU, tokens that are no padding.
+        suffix_len: `[B]` int32 on the CPU, suffix tokens after it.
         slots: suffix slots of the longest reader after it.
-        readers: `[B]` int32 zeros, the row of the block table that every reader uses.
+        first_slot: `[B]` int32 on the model's device, where the tokens go in the suffix tiles.
+        lengths: what a KVView says of the readers, `[B]` int32 each on the model's device.
     """
 
     columns: tuple[int, int]
     mask: Tensor
     query_len: Tensor
-    first_slot: Tensor
     suffix_len: Tensor
     slots: int
-    readers: Tensor
+    first_slot: Tensor
+    lengths: dict[str, Tensor]
 
 
 class PrefixCache(Cache):
@@ -59,10 +59,11 @@ class PrefixCache(Cache):
         self._mask = torch.ones(batch, prefix.tokens, dtype=torch.bool)
         self._suffix_len = torch.zeros(batch, dtype=torch.int32)
         self._tail = prefix.tokens % TILE_TOKENS
+        self._device = prefix.model.device
         self._shared = {
             "pool": prefix.pool.anchor,
-            "block_table": prefix.pool.block_table[None].contiguous(),
-            "prefix_len": torch.tensor([prefix.tokens], dtype=torch.int32),
+            "block_table": prefix.pool.block_table[None].contiguous().to(self._device),
+            "prefix_len": torch.tensor([prefix.tokens], dtype=torch.int32, device=self._device),
             "num_layers": prefix.spec.num_layers,
         }
         self._step: _Step | None = None
@@ -125,14 +126,14 @@ class PrefixCache(Cache):
             )
         batch, heads, _, head_dim = key_states.shape
         if step.slots > (0 if layer.suffix_k is None else layer.suffix_k.shape[2] * TILE_TOKENS):
-            layer.reserve(batch, heads, head_dim, step.slots, self.prefix.tail(layer_idx))
-        native.append(
+            layer.reserve(batch, heads, head_dim, step.slots, self.prefix.tail(layer_idx), self._device)
+        append(
             native.dense_rows(key_states),
             native.dense_rows(value_states),
             layer.suffix_k,
             layer.suffix_v,
             step.first_slot,
-            step.query_len,
+            step.lengths["query_len"],
         )
         layer.columns = step.columns[1]
         handle = torch.empty(0, device="meta")
@@ -148,7 +149,11 @@ class PrefixCache(Cache):
             )
         if key_states.dtype != torch.bfloat16:
             raise UnsupportedError(f"keys in {key_states.dtype}: kvkern caches bfloat16")
-        native.require_cpu(key_states)
+        if key_states.device != self._device:
+            raise UnsupportedError(
+                f"keys on {key_states.device}, the cache is on {self._device}: the model was moved. Open the document "
+                "and prepare the inputs again."
+            )
         if self.layers[0].columns != self.columns:
             raise KvkernError(_HALF_UPDATED)
         self._expand(key_states.shape[0])
@@ -158,19 +163,15 @@ class PrefixCache(Cache):
             ones = self._mask.new_ones(self._mask.shape[0], after - self._mask.shape[1])
             self._mask = torch.cat([self._mask, ones], dim=1)
         query_len = self._mask[:, before:after].sum(1, dtype=torch.int32)
-        first_slot = self._suffix_len + self._tail
+        first_slot = (self._suffix_len + self._tail).to(self._device)
         suffix_len = self._suffix_len + query_len
         slots = int(suffix_len.max()) + self._tail
-        readers = torch.zeros_like(query_len)
-        self._step = _Step(
-            (before, after),
-            self._mask[:, :after],
-            query_len,
-            first_slot,
-            suffix_len,
-            slots,
-            readers,
-        )
+        lengths = {
+            "reader_prefix": torch.zeros_like(query_len).to(self._device),
+            "suffix_len": suffix_len.to(self._device),
+            "query_len": query_len.to(self._device),
+        }
+        self._step = _Step((before, after), self._mask[:, :after], query_len, suffix_len, slots, first_slot, lengths)
         self._suffix_len = suffix_len
 
     def _expand(self, batch: int) -> None:
@@ -190,11 +191,9 @@ class PrefixCache(Cache):
         step, layer = self._step, self.layers[layer_idx]
         return KVView(
             **self._shared,
-            reader_prefix=step.readers,
+            **step.lengths,
             suffix_k=layer.suffix_k,
             suffix_v=layer.suffix_v,
-            suffix_len=step.suffix_len,
-            query_len=step.query_len,
             layer=layer_idx,
         )
 
@@ -206,14 +205,14 @@ class PrefixCache(Cache):
                 from the tokens that each reader has.
         """
         step = self._step
-        agrees = bool(step.mask.all()) if attention_mask is None else torch.equal(attention_mask, step.mask)
+        agrees = bool(step.mask.all()) if attention_mask is None else torch.equal(attention_mask.cpu(), step.mask)
         if not agrees:
             raise UnsupportedError(
                 "attention_mask differs from the padding that prepare() announced: pass the mask that prepare() "
                 "returned; pads stand between the prefix and the question only"
             )
         if position_ids is not None and position_ids.dim() == 2:
-            last = position_ids[:, -1]
+            last = position_ids[:, -1].cpu()
             expected = step.suffix_len + (self.prefix.tokens - 1)
             if bool(((last != expected) & (step.query_len > 0)).any()):
                 raise UnsupportedError(
@@ -251,11 +250,11 @@ class PrefixCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the readers `indices`, in that order; their suffixes are copied."""
-        self._mask = self._mask.index_select(0, indices)
-        self._suffix_len = self._suffix_len.index_select(0, indices)
+        self._mask = self._mask.index_select(0, indices.cpu())
+        self._suffix_len = self._suffix_len.index_select(0, indices.cpu())
         tiles = -(-(int(self._suffix_len.max()) + self._tail) // TILE_TOKENS)
         for layer in self.layers:
-            layer.select(indices, tiles)
+            layer.select(indices.to(self._device), tiles)
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,9 @@ class PrefixCacheLayer(CacheLayerMixin):
         self.suffix_k: Tensor | None = None
         self.suffix_v: Tensor | None = None
 
-    def reserve(self, batch: int, heads: int, head_dim: int, slots: int, tail: tuple[Tensor, Tensor]) -> None:
+    def reserve(
+        self, batch: int, heads: int, head_dim: int, slots: int, tail: tuple[Tensor, Tensor], device: torch.device
+    ) -> None:
         """Make room for `slots` suffix slots a reader, by doubling; new tiles begin with the prefix's tail.
 
         Args:
@@ -305,14 +306,16 @@ class PrefixCacheLayer(CacheLayerMixin):
             slots: slots needed in all.
             tail: K `[heads, head_dim, t]` and V `[heads, t, head_dim]` of the prefix's last t tokens past its
                 last full tile.
+            device: the model's.
         """
         tiles = -(-slots // TILE_TOKENS)
         old_k, old_v = self.suffix_k, self.suffix_v
         if old_k is not None and tiles <= old_k.shape[2]:
             return
         capacity = tiles + 1 if old_k is None else 2 * tiles
-        self.suffix_k = torch.zeros(batch, heads, capacity, head_dim, TILE_TOKENS, dtype=torch.bfloat16)
-        self.suffix_v = torch.zeros(batch, heads, capacity, TILE_TOKENS, head_dim, dtype=torch.bfloat16)
+        options = {"dtype": torch.bfloat16, "device": device}
+        self.suffix_k = torch.zeros(batch, heads, capacity, head_dim, TILE_TOKENS, **options)
+        self.suffix_v = torch.zeros(batch, heads, capacity, TILE_TOKENS, head_dim, **options)
         if old_k is None:
             self.suffix_k[:, :, 0, :, : tail[0].shape[-1]] = tail[0]
             self.suffix_v[:, :, 0, : tail[1].shape[-2]] = tail[1]

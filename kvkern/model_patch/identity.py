@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvkern.contract import CONTRACT_ID, SILU_TABLE_SHA256
+from kvkern.environment import cpu_isa
+from kvkern.model_patch.rope import rope_table
 from kvkern.spec import KVSpec
 from kvkern.weights import model_weights_digest
 
@@ -55,7 +55,7 @@ def spec_of(model: PreTrainedModel, *, producer: str = "stock", salt: str = "") 
         config={name: value for name, value in sorted(_plain(config.to_dict()).items()) if name not in _IRRELEVANT},
         dtype=str(model.dtype).removeprefix("torch."),
         producer=producer,
-        producer_info=_stock_info(model) if producer == "stock" else {},
+        producer_info=_stock_info(model) if producer == "stock" else _contract_info(model),
         salt=salt,
     )
 
@@ -68,17 +68,9 @@ def _stock_info(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-@functools.cache
-def cpu_isa() -> str:
-    """Name the widest bf16 instruction set of this CPU, which decides stock's order of sums."""
-    try:
-        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1).split())
-    except (OSError, AttributeError):
-        return "cpu"
-    for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"):
-        if flag in flags:
-            return flag
-    return "cpu"
+def _contract_info(model: PreTrainedModel) -> dict[str, str]:
+    table = rope_table(model)
+    return {"contract": CONTRACT_ID, "rope_table": table.digest, "silu_table": SILU_TABLE_SHA256}
 
 
 def _plain(value: Any) -> Any:

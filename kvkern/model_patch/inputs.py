@@ -44,12 +44,13 @@ def prepare(
             "the prefix covers the whole prompt: a reader needs at least one token of its own to go on from. Attach a "
             "shorter prefix or ask a question."
         )
+    device = prefix.model.device
     positions = cache.lens[:, None] + (mask.cumsum(1) - 1).clamp_min(0)
     full_mask = cache.announce(mask)
     return {
-        "input_ids": ids,
-        "attention_mask": full_mask.long(),
-        "position_ids": positions.long(),
+        "input_ids": ids.to(device),
+        "attention_mask": full_mask.long().to(device),
+        "position_ids": positions.long().to(device),
         "past_key_values": cache,
     }
 
@@ -69,6 +70,7 @@ def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int)
         LayoutError: the ids are no integers, or the mask has another shape.
     """
     if isinstance(input_ids, torch.Tensor):
+        input_ids = input_ids.cpu()
         table = input_ids[None] if input_ids.dim() == 1 else input_ids
         if table.dim() != 2 or table.is_floating_point():
             raise LayoutError(
@@ -78,7 +80,7 @@ def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int)
             return table.long(), torch.ones_like(table, dtype=torch.bool)
         if attention_mask.shape != table.shape:
             raise LayoutError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(table.shape)}")
-        rows = [row[keep.bool()] for row, keep in zip(table, attention_mask, strict=True)]
+        rows = [row[keep.bool()] for row, keep in zip(table, attention_mask.cpu(), strict=True)]
     else:
         if attention_mask is not None:
             raise LayoutError("attention_mask goes with a tensor of input_ids; rows of a list have their own length")
@@ -94,7 +96,7 @@ def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int)
 
 
 def _id_row(row: Sequence[int] | Tensor) -> Tensor:
-    ids = torch.as_tensor(row).reshape(-1)
+    ids = torch.as_tensor(row).cpu().reshape(-1)
     if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise LayoutError(f"input_ids must be integers, got a row of {ids.dtype}")
     return ids.long()
@@ -131,7 +133,7 @@ def _with_uncached_tail(ids: Tensor, mask: Tensor, cache: PrefixCache, after: Te
             f"after has {after.shape[1]} tokens, the cache has seen {seen} since the prefix: pass the output of the "
             "last generate() on this cache"
         )
-    tail = after[:, seen:]
+    tail = after[:, seen:].cpu()
     if bool((~mask).any()) and tail.shape[1]:
         rows = [torch.cat([last, row[keep]]) for last, row, keep in zip(tail, ids, mask, strict=True)]
         return pad_left(rows, None, pad_id=int(ids[~mask][0]))

@@ -2,61 +2,112 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvkern.errors import UnsupportedError
+from kvkern.model_patch import whole
+from kvkern.model_patch.rope import give_rope_table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
+    from kvkern.tables import RopeTable
+
 IMPLEMENTATION = "kvkern"
+CONTRACT_IMPLEMENTATION = "kvkern_contract"
+SCOPES = {"attention": IMPLEMENTATION, "model": CONTRACT_IMPLEMENTATION}
 _PREVIOUS = "_kvkern_previous_implementation"
 
 
 def register() -> None:
-    """Register attention and mask under "kvkern" in transformers; safe to repeat."""
+    """Register attention and mask in transformers, under a name for each scope; safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from kvkern.model_patch.attention import attention_forward
+    from kvkern.model_patch.attention import attention_forward, contract_attention_forward
     from kvkern.model_patch.masks import padding_mask
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+    AttentionInterface.register(CONTRACT_IMPLEMENTATION, contract_attention_forward)
+    for name in SCOPES.values():
+        AttentionMaskInterface.register(name, padding_mask)
 
 
-def patch(model: PreTrainedModel, *, profile: str = "exact", scope: str = "attention") -> None:
-    """Make a Hugging Face model attend through kvkern; `unpatch` undoes it. No weight and no module changes.
+def patch(
+    model: PreTrainedModel,
+    *,
+    profile: str = "exact",
+    scope: str = "attention",
+    rope_table: RopeTable | None = None,
+) -> None:
+    """Make a Hugging Face model compute through kvkern; `unpatch` undoes it.
 
     Args:
         model: a causal LM whose attention goes through transformers' attention interface.
         profile: `exact`: the bits of stock `eager` in bf16.
-        scope: `attention`: only attention is ours.
+        scope: `attention`: only attention is ours, with the run rule of stock; no weight and no module changes.
+            `model`: every operation of a Qwen3 or Llama follows the numeric contract, so that KV and logits are a
+            function of weights and tokens alone; the weights of Linear are laid out anew, in place.
+        rope_table: for scope `model` on a host whose torch does not follow the contract: `store.rope_table(digest)`.
 
     Raises:
         UnsupportedError: the model, profile or scope is outside what kvkern computes; the message names what.
     """
     if profile != "exact":
         raise UnsupportedError(f"profile {profile!r} is not available: this version has 'exact'")
-    if scope != "attention":
-        raise UnsupportedError(f"scope {scope!r} is not available: this version has 'attention'")
-    require_supported(model)
-    register()
-    if not is_patched(model.config):
-        setattr(model, _PREVIOUS, model.config._attn_implementation)
-        model.set_attn_implementation(IMPLEMENTATION)
+    if scope not in SCOPES:
+        raise UnsupportedError(f"scope {scope!r} is not available: take {' or '.join(map(repr, SCOPES))}")
+    if rope_table is not None:
+        give_rope_table(model, rope_table)
+    _select(model, scope, k_major=True)
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Select the attention implementation that the model had before `patch`; nothing happens on an unpatched model."""
+    """Make the model compute as it did before `patch`; nothing happens on an unpatched model."""
+    if whole.is_entered(model):
+        whole.leave(model)
     if is_patched(model.config):
         model.set_attn_implementation(getattr(model, _PREVIOUS, "sdpa"))
 
 
+@contextmanager
+def under_contract(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model under the contract for a while: scope "model", without laying its weights out anew.
+
+    Raises:
+        UnsupportedError: an operation is outside the contract; it is named.
+    """
+    if whole.is_entered(model):
+        yield
+        return
+    before = model.config._attn_implementation
+    _select(model, "model", k_major=False)
+    try:
+        yield
+    finally:
+        whole.leave(model)
+        model.set_attn_implementation(before)
+
+
 def is_patched(config: Any) -> bool:
     """Return whether a model with this configuration attends through kvkern."""
-    return config._attn_implementation == IMPLEMENTATION
+    return config._attn_implementation in SCOPES.values()
+
+
+def _select(model: PreTrainedModel, scope: str, *, k_major: bool) -> None:
+    require_supported(model)
+    register()
+    if whole.is_entered(model):
+        whole.leave(model)
+    if scope == "model":
+        whole.enter(model, k_major=k_major)
+    if not is_patched(model.config):
+        setattr(model, _PREVIOUS, model.config._attn_implementation)
+    model.set_attn_implementation(SCOPES[scope])
 
 
 def require_supported(model: PreTrainedModel) -> None:

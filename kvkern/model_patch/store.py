@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvkern.contract import TILE_TOKENS
-from kvkern.errors import SpecMismatchError, UnsupportedError
+from kvkern.errors import LayoutError, SpecMismatchError, UnsupportedError
 from kvkern.layout import (
     BLOCK_TILES,
     GRACE_S,
@@ -23,8 +24,11 @@ from kvkern.layout import (
     Summary,
     blocks_for,
     map_pool,
+    upload,
 )
 from kvkern.layout.index import token_tensor
+from kvkern.spec import PRODUCERS
+from kvkern.tables import RopeTable
 
 if TYPE_CHECKING:
     import os
@@ -74,7 +78,8 @@ class Store:
         Args:
             model: a causal LM with full causal attention, in bf16.
             doc_ids: `[n]` or `[1, n]` token ids.
-            producer: `stock`: whatever attention the model runs now; it is recorded.
+            producer: `stock`: whatever attention the model runs now; it is recorded. `contract`: the whole model
+                under the numeric contract, patched for it or not; the store keeps the RoPE table beside the blocks.
             salt: keeps documents of different owners apart.
             progress: called with (done, total) bytes while blocks are written.
 
@@ -87,17 +92,22 @@ class Store:
 
         Bits:
             KV is what the model computed, unchanged. Stock's KV of a token depends on the length of the prefill
-            once it crosses 1,024 tokens.
+            once it crosses 1,024 tokens. The contract's is a function of weights and tokens alone, and so is the
+            document's digest: the same from any machine, thread count and chunking.
         """
         from kvkern.model_patch.identity import spec_of
-        from kvkern.model_patch.register import require_supported
+        from kvkern.model_patch.register import require_supported, under_contract
+        from kvkern.model_patch.rope import require_trusted
 
-        if producer != "stock":
-            raise UnsupportedError(f"producer {producer!r} is not available: this version publishes 'stock'")
+        if producer not in PRODUCERS:
+            raise UnsupportedError(f"producer {producer!r} is not available: take {' or '.join(map(repr, PRODUCERS))}")
         require_supported(model)
         ids = token_tensor(doc_ids, "doc_ids")[None]
-        spec = spec_of(model, producer=producer, salt=salt)
-        k, v = prefill(model, ids)
+        with under_contract(model) if producer == "contract" else nullcontext():  # refuses before the weights are read
+            spec = spec_of(model, producer=producer, salt=salt)
+            k, v = prefill(model, ids)
+        if producer == "contract":
+            self.blocks.put_table(require_trusted(model).to_bytes())
         return self.put(spec, ids, k, v, progress=progress)
 
     def put(
@@ -190,6 +200,18 @@ class Store:
 
         return self.blocks.why(token_ids, spec_of(model, salt=salt or ""))
 
+    def rope_table(self, digest: str) -> RopeTable:
+        """Return the RoPE table that a document of producer `contract` was computed with.
+
+        Raises:
+            IntegrityError: the stored table is damaged or missing; the file is named.
+            LayoutError: no such document, or one of another producer.
+        """
+        spec = self.blocks.manifest(digest).spec
+        if spec.producer != "contract":
+            raise LayoutError(f"document {digest} was published by producer {spec.producer!r}: it has no RoPE table")
+        return RopeTable.from_bytes(self.blocks.table(spec.producer_info["rope_table"]), spec.head_dim)
+
     def remove(self, digest: str) -> str:
         """Take a document out of the list; see `layout.BlockStore.remove`."""
         return self.blocks.remove(digest)
@@ -243,8 +265,9 @@ class Prefix:
 
     @cached_property
     def pool(self) -> MappedPool:
-        """What kernels read: the mapped shards, in place."""
-        return map_pool(self.document.shards[: blocks_for(self.tokens)])
+        """What kernels read: the mapped shards, in place; on a GPU one arena that all readers of this prefix share."""
+        pool = map_pool(self.document.shards[: blocks_for(self.tokens)])
+        return pool if self.model.device.type == "cpu" else upload(pool, self.model.device)
 
     def prepare(
         self,
@@ -307,7 +330,8 @@ def _difference(
     if producer not in (None, stored.producer):
         return "producer", stored.producer, producer
     mine = spec_of(model, producer=stored.producer, salt=salt or "")
-    return stored.first_difference(mine, ignore=("producer", "producer_info"))
+    info = () if stored.producer == "contract" else ("producer_info",)
+    return stored.first_difference(mine, ignore=("producer", *info))
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-COMMANDS = ("demo", "publish", "ls", "inspect", "verify", "ask", "env")
+COMMANDS = ("demo", "publish", "ls", "inspect", "verify", "ask", "audit", "env")
 RUN = "from kvkern.cli import main; main()"
 
 

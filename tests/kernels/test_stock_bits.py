@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from kvkern.contract import stock_key_run
 from kvkern.kernels import native
 from tests.support.bits import differing
 from tests.support.stock import eager_attention, in_parity_domain, needs_stock_order
+from tests.support.twins import build_twin
 from tests.support.views import random_qkv
 
 pytestmark = needs_stock_order
@@ -128,17 +128,6 @@ def hard_cases() -> list[tuple[torch.Tensor, ...]]:
     flat[2][:, :, 2::4] = -flat[2][:, :, ::4]  # keys nearly cancel in the output
     cases = [flat, random_qkv(5, 4, 2, 1, 3000, 128, spread=0.5, seed=4), random_qkv(2, 4, 1, 4, 3000, 128, seed=5)]
     return [(*case, eager_attention(*case)) for case in cases]
-
-
-def build_twin(twin: tuple[str, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """Compile csrc_ref with one line replaced."""
-    file, right, wrong = twin
-    shutil.copytree(native.source_dir(), folder / "csrc")
-    source = folder / "csrc" / file
-    assert right in source.read_text(), "the twin no longer fits the source"
-    source.write_text(source.read_text().replace(right, wrong))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return native.load_library(native.compile_library(native.plan_build(folder / "csrc")))
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -51,8 +51,8 @@ def test_raises_model__dtype(model) -> None:
 def test_raises_patch__profile_and_scope(model) -> None:
     with pytest.raises(UnsupportedError, match="'fast'"):
         kvkern.patch(model, profile="fast")
-    with pytest.raises(UnsupportedError, match="'model'"):
-        kvkern.patch(model, scope="model")
+    with pytest.raises(UnsupportedError, match="'everything'"):
+        kvkern.patch(model, scope="everything")
     assert model.config._attn_implementation == "eager"
 
 
@@ -215,8 +215,8 @@ def test_raises_open__another_weight_salt_or_producer(store, doc) -> None:
 
 
 def test_raises_publish__what_cannot_be_published(store, doc, model) -> None:
-    with pytest.raises(UnsupportedError, match="contract"):
-        store.publish(model, doc, producer="contract")
+    with pytest.raises(UnsupportedError, match="producer 'vllm' is not available: take 'stock' or 'contract'"):
+        store.publish(model, doc, producer="vllm")
     with pytest.raises(LayoutError, match="doc_ids"):
         store.publish(model, [])
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
-from kvkern.model_patch.probe import stock_order
+from kvkern.probe import stock_order
 
 PROBE = stock_order()
 needs_stock_order = pytest.mark.skipif(not PROBE.follows, reason=PROBE.reason)

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 from kvkern.contract import CONTRACT_ID
-from kvkern.model_patch.identity import cpu_isa
+from kvkern.environment import cpu_isa
 from tests.support.stock import PROBE, eager_attention
 from tests.support.views import random_qkv
 
