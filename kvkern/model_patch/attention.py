@@ -16,7 +16,7 @@ from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvkern.attention import KeyRun
+    from kvkern.attention import KeyRun, Profile
 
 # Keyword arguments of transformers that do not change what attention computes.
 _HARMLESS = frozenset(
@@ -42,6 +42,7 @@ def attention_forward(
     dropout: float = 0.0,
     *,
     key_run: KeyRun = "stock",
+    profile: Profile = "exact",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend. Signature of transformers' attention interface.
@@ -55,6 +56,7 @@ def attention_forward(
         scaling: factor of the scores.
         dropout: must be 0.
         key_run: keys of one output chain.
+        profile: `exact` or `fast`.
         kwargs: whatever else the model passes; anything that would change the result is refused.
 
     Returns:
@@ -66,20 +68,28 @@ def attention_forward(
     _refuse(module, query, attention_mask, dropout, kwargs)
     handle: LayerHandle | None = getattr(key, HANDLE_ATTRIBUTE, None)
     if handle is None:
-        return _attend_plain(query, key, value, attention_mask, scaling, key_run), None
+        return _attend_plain(query, key, value, attention_mask, scaling, key_run, profile), None
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
-    launch(native.dense_rows(query), kv, out, None, sm_scale=scaling, key_run=key_run)
+    launch(native.dense_rows(query), kv, out, None, sm_scale=scaling, key_run=key_run, profile=profile)
     return out, None
 
 
 contract_attention_forward = partial(attention_forward, key_run=KEY_RUN)
 """Attend under the contract, whatever the chunks: what scope "model" registers."""
+fast_attention_forward = partial(attention_forward, profile="fast")
+"""Attend on tensor cores: what profile "fast" registers."""
 
 
 def _attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, key_run: KeyRun
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    key_run: KeyRun,
+    profile: Profile,
 ) -> Tensor:
     """Attend over a cache of plain tensors; each row is packed without its padding and has the bits of a lone row."""
     if k.device.type == "meta":
@@ -93,7 +103,7 @@ def _attend_plain(
     rows, columns = q.shape[2], k.shape[2]
     if mask is None:
         kv = KVView.from_dense(k, v, query_len=min(rows, columns))
-        return prefix_attention(q, kv, sm_scale=scaling, key_run=key_run)
+        return prefix_attention(q, kv, sm_scale=scaling, key_run=key_run, profile=profile)
     lens = mask.sum(1, dtype=torch.int32)
     query_len = mask[:, columns - rows :].sum(1, dtype=torch.int32)
     is_suffix = mask[:, 1:] >= mask[:, :-1]
@@ -102,7 +112,7 @@ def _attend_plain(
         k, v = (x.gather(2, order.expand_as(x)) for x in (k, v))
         _require_trailing_queries(mask[:, columns - rows :])
     kv = KVView.from_dense(k, v, lens=lens, query_len=query_len)
-    return prefix_attention(q, kv, sm_scale=scaling, key_run=key_run)
+    return prefix_attention(q, kv, sm_scale=scaling, key_run=key_run, profile=profile)
 
 
 def _require_trailing_queries(query_mask: Tensor) -> None:

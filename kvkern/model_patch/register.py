@@ -20,20 +20,23 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "kvkern"
 CONTRACT_IMPLEMENTATION = "kvkern_contract"
+FAST_IMPLEMENTATION = "kvkern_fast"
 SCOPES = {"attention": IMPLEMENTATION, "model": CONTRACT_IMPLEMENTATION}
+_NAMES = (*SCOPES.values(), FAST_IMPLEMENTATION)
 _PREVIOUS = "_kvkern_previous_implementation"
 
 
 def register() -> None:
-    """Register attention and mask in transformers, under a name for each scope; safe to repeat."""
+    """Register attention and mask in transformers, under a name for each scope and profile; safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from kvkern.model_patch.attention import attention_forward, contract_attention_forward
+    from kvkern.model_patch.attention import attention_forward, contract_attention_forward, fast_attention_forward
     from kvkern.model_patch.masks import padding_mask
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionInterface.register(CONTRACT_IMPLEMENTATION, contract_attention_forward)
-    for name in SCOPES.values():
+    AttentionInterface.register(FAST_IMPLEMENTATION, fast_attention_forward)
+    for name in _NAMES:
         AttentionMaskInterface.register(name, padding_mask)
 
 
@@ -48,7 +51,8 @@ def patch(
 
     Args:
         model: a causal LM whose attention goes through transformers' attention interface.
-        profile: `exact`: the bits of stock `eager` in bf16.
+        profile: `exact`: the bits of stock `eager` in bf16. `fast`: tensor cores of a GPU, bits of its own, for scope
+            `attention` only.
         scope: `attention`: only attention is ours, with the run rule of stock; no weight and no module changes.
             `model`: every operation of a Qwen3 or Llama follows the numeric contract, so that KV and logits are a
             function of weights and tokens alone; the weights of Linear are laid out anew, in place.
@@ -57,13 +61,15 @@ def patch(
     Raises:
         UnsupportedError: the model, profile or scope is outside what kvkern computes; the message names what.
     """
-    if profile != "exact":
-        raise UnsupportedError(f"profile {profile!r} is not available: this version has 'exact'")
+    if profile not in ("exact", "fast"):
+        raise UnsupportedError(f"profile {profile!r} is not available: take 'exact' or 'fast'")
     if scope not in SCOPES:
         raise UnsupportedError(f"scope {scope!r} is not available: take {' or '.join(map(repr, SCOPES))}")
     if rope_table is not None:
         give_rope_table(model, rope_table)
-    _select(model, scope, k_major=True)
+    if profile == "fast":
+        _require_fast(model, scope)
+    _select(model, scope, k_major=True, name=FAST_IMPLEMENTATION if profile == "fast" else None)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -95,10 +101,24 @@ def under_contract(model: PreTrainedModel) -> Iterator[None]:
 
 def is_patched(config: Any) -> bool:
     """Return whether a model with this configuration attends through kvkern."""
-    return config._attn_implementation in SCOPES.values()
+    return config._attn_implementation in _NAMES
 
 
-def _select(model: PreTrainedModel, scope: str, *, k_major: bool) -> None:
+def _require_fast(model: PreTrainedModel, scope: str) -> None:
+    from kvkern.kernels import fast_door
+
+    if scope != "attention":
+        raise UnsupportedError(
+            f"profile 'fast' has bits of its own: scope {scope!r} is the contract's, take 'attention'"
+        )
+    fast_door.require_available(model.device)
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim not in fast_door.HEAD_DIMS:
+        raise UnsupportedError(f"head_dim is {head_dim}: profile 'fast' computes 64 and 128, take profile 'exact'")
+
+
+def _select(model: PreTrainedModel, scope: str, *, k_major: bool, name: str | None = None) -> None:
     require_supported(model)
     register()
     if whole.is_entered(model):
@@ -107,7 +127,7 @@ def _select(model: PreTrainedModel, scope: str, *, k_major: bool) -> None:
         whole.enter(model, k_major=k_major)
     if not is_patched(model.config):
         setattr(model, _PREVIOUS, model.config._attn_implementation)
-    model.set_attn_implementation(SCOPES[scope])
+    model.set_attn_implementation(name or SCOPES[scope])
 
 
 def require_supported(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 import kvkern
 from kvkern import attention
+from kvkern.kernels import fast
 from kvkern.layout import map_pool, upload
 from kvkern.model_patch import store as store_module
 from kvkern.model_patch.store import Prefix, Store
@@ -62,3 +63,27 @@ def test_raises_device__a_model_that_moved(store: Store, doc: list[int]) -> None
     keys = torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16, device="meta")
     with pytest.raises(kvkern.UnsupportedError, match="keys on meta, the cache is on cpu: the model was moved"):
         inputs["past_key_values"].update(keys, keys, 0)
+
+
+def test_tokens_fast__a_patched_model_reads_a_prefix_in_one_launch_a_layer(
+    store: Store, doc: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The widened form of the fast kernel, end to end; the tokens are those of the exact profile."""
+    model = tiny(head_dim=64)
+    digest = store.publish(model, doc).digest
+    kvkern.patch(model)
+    with store.open(digest, model) as prefix:
+        expected = answer(model, prefix)
+    launched: list[str] = []
+    runner = type(fast.fast_kernel)
+    real = runner.run
+    monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
+    kvkern.patch(model, profile="fast")
+    with store.open(digest, model) as prefix:
+        out = answer(model, prefix)
+    assert torch.equal(out[-1], expected[-1]), "other tokens"
+    assert (out[0] - expected[0]).abs().max() < 0.1
+    assert differing(out[0], expected[0]) > 0, "profile fast has bits of its own: exact has run instead"
+    assert launched.count("fast_kernel") == 2 * model.config.num_hidden_layers, "two steps, one launch a layer"
+    kvkern.unpatch(model)
+    assert model.config._attn_implementation == "eager"

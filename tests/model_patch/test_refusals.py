@@ -10,6 +10,7 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 import kvkern
 from kvkern import LayoutError, SpecMismatchError, UnsupportedError
+from kvkern.kernels import triton_door
 from tests.model_patch.conftest import SIZES, tiny
 
 
@@ -48,9 +49,15 @@ def test_raises_model__dtype(model) -> None:
         kvkern.patch(model.float())
 
 
-def test_raises_patch__profile_and_scope(model) -> None:
-    with pytest.raises(UnsupportedError, match="'fast'"):
-        kvkern.patch(model, profile="fast")
+def test_raises_patch__profile_and_scope(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match="'quick'"):
+        kvkern.patch(model, profile="quick")
+    with pytest.raises(UnsupportedError, match="scope 'model'"):
+        kvkern.patch(model, profile="fast", scope="model")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_door, "is_interpreted", lambda: False)
+        with pytest.raises(UnsupportedError, match="'fast' computes with a GPU's tensor cores"):
+            kvkern.patch(model, profile="fast")
     with pytest.raises(UnsupportedError, match="'everything'"):
         kvkern.patch(model, scope="everything")
     assert model.config._attn_implementation == "eager"
