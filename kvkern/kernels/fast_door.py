@@ -80,16 +80,16 @@ def require_supported(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k
 
 
 def require_workspace(workspace: Tensor, made: FastPlan, device: torch.device) -> None:
-    """Refuse work space that was made for smaller shapes or elsewhere.
+    """Refuse work space that was made for other shapes or elsewhere: states of one plan may lie on another's counters.
 
     Raises:
         LayoutError: saying what is needed.
     """
     need = workspace_bytes(made)
-    is_fit = workspace.numel() >= need and workspace.dtype == torch.uint8 and workspace.device == device
+    is_fit = workspace.numel() == need and workspace.dtype == torch.uint8 and workspace.device == device
     if not is_fit or not workspace.is_contiguous() or workspace.data_ptr() % 16:
         raise LayoutError(
-            f"workspace is {workspace.numel()} of {workspace.dtype} on {workspace.device}; it must be at least {need} "
+            f"workspace is {workspace.numel()} of {workspace.dtype} on {workspace.device}; it must be {need} "
             f"of torch.uint8 on {device}, contiguous on a 16-byte boundary, for {made.shape}"
         )
 
@@ -115,7 +115,7 @@ def attend(
 ) -> None:
     """Attend in one launch; arguments as in `triton_door.attend`.
 
-    `workspace`, uint8, at least `workspace_bytes`: its counters are 0 on entry and on return, whether the launch ends
+    `workspace`, uint8, `workspace_bytes`: its counters are 0 on entry and on return, whether the launch ends
     or is aborted. Launches that may overlap need work spaces of their own.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvkern.attention import KVView, launch, prefix_attention
+from kvkern.attention import KVView, fast_workspace, launch, prefix_attention
 from kvkern.contract import KEY_RUN
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
@@ -72,7 +72,9 @@ def attention_forward(
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
-    launch(native.dense_rows(query), kv, out, None, sm_scale=scaling, key_run=key_run, profile=profile)
+    q = native.dense_rows(query)
+    workspace = _workspace(handle, q, kv) if profile == "fast" else None
+    launch(q, kv, out, None, sm_scale=scaling, key_run=key_run, profile=profile, workspace=workspace)
     return out, None
 
 
@@ -80,6 +82,16 @@ contract_attention_forward = partial(attention_forward, key_run=KEY_RUN)
 """Attend under the contract, whatever the chunks: what scope "model" registers."""
 fast_attention_forward = partial(attention_forward, profile="fast")
 """Attend on tensor cores: what profile "fast" registers."""
+
+
+def _workspace(handle: LayerHandle, q: Tensor, kv: KVView) -> Tensor:
+    """Return the cache's work space: one for all layers and steps of equal shapes, which run one after the other."""
+    from kvkern.kernels import fast_door
+
+    made = fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k)
+    if handle.cache.workspace is None or handle.cache.workspace[0] != made:
+        handle.cache.workspace = (made, fast_workspace(q, kv))
+    return handle.cache.workspace[1]
 
 
 def _attend_plain(

@@ -67,6 +67,7 @@ class PrefixCache(Cache):
             "num_layers": prefix.spec.num_layers,
         }
         self._step: _Step | None = None
+        self.workspace: tuple[object, Tensor] | None = None  # of profile "fast": the plan that it is for, and itself
 
     @property
     def columns(self) -> int:

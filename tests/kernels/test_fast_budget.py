@@ -129,6 +129,7 @@ def test_raises_fast__before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None
         (q, replace(kv, suffix_len=int32(400, 400)), enough, kvkern.LayoutError, "suffix_k is"),
         (q, kv, enough[:-16], kvkern.LayoutError, f"workspace is {enough.numel() - 16}"),
         (q, kv, fast_workspace(q[:1], shared_view(k[:1], v[:1], 260, [1])), kvkern.LayoutError, "workspace is"),
+        (q[:1], shared_view(k[:1], v[:1], 260, [1]), enough, kvkern.LayoutError, "workspace is"),
         (q, kv, enough.view(torch.int16), kvkern.LayoutError, "workspace is"),
         (q, kv, enough.to("meta"), kvkern.LayoutError, "workspace is"),
     ):

@@ -10,6 +10,7 @@ import kvkern
 from kvkern import attention
 from kvkern.kernels import fast
 from kvkern.layout import map_pool, upload
+from kvkern.model_patch import attention as attention_module
 from kvkern.model_patch import store as store_module
 from kvkern.model_patch.store import Prefix, Store
 from tests.model_patch.conftest import tiny
@@ -78,6 +79,9 @@ def test_tokens_fast__a_patched_model_reads_a_prefix_in_one_launch_a_layer(
     runner = type(fast.fast_kernel)
     real = runner.run
     monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
+    made: list[torch.Tensor] = []
+    make = attention_module.fast_workspace
+    monkeypatch.setattr(attention_module, "fast_workspace", lambda q, kv: made.append(make(q, kv)) or made[-1])
     kvkern.patch(model, profile="fast")
     with store.open(digest, model) as prefix:
         out = answer(model, prefix)
@@ -85,5 +89,6 @@ def test_tokens_fast__a_patched_model_reads_a_prefix_in_one_launch_a_layer(
     assert (out[0] - expected[0]).abs().max() < 0.1
     assert differing(out[0], expected[0]) > 0, "profile fast has bits of its own: exact has run instead"
     assert launched.count("fast_kernel") == 2 * model.config.num_hidden_layers, "two steps, one launch a layer"
+    assert len(made) == 2, "one work space for the layers of the question, one for those of the next token"
     kvkern.unpatch(model)
     assert model.config._attn_implementation == "eager"
