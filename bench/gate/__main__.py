@@ -27,7 +27,7 @@ GROWING = ("in_flight_bytes", "products", "depth", "programs_per_sm")
 
 
 FAST_SINCE = (3, 9)
-"""Under Triton 3.6 one fast kernel (sm90, head_dim 128, unit 1,024) keeps 8 bytes on the stack, outside of its loop."""
+"""Under Triton 3.6 one fast kernel (sm90, head_dim 128, unit 1,024) keeps 8 bytes on the stack."""
 
 
 def gates_fast() -> bool:
