@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from kvkern.errors import UnsupportedError
 
@@ -63,10 +64,62 @@ def exact_config(architecture: str) -> ExactConfig:
     Raises:
         UnsupportedError: none is shipped for it or for its family.
     """
-    name = _NEAREST.get(architecture)
-    if name is None:
+    values = _section(architecture, "exact")
+    return ExactConfig(**{field.name: values[field.name] for field in fields(ExactConfig)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How the kernels of contract part B are launched.
+
+    Attributes:
+        few_rows: rows up to which a Linear is bound by the weight's bytes.
+        few: rows and words of two channels of a program, k loaded together, warps.
+        many: the same above few_rows.
+        fold_words: words of two channels that a fold program takes.
+        fold_runs: run sums whose loads are in flight together.
+        fold_warps: warps of a fold program.
+        norm_lanes: channels per pass of a row's program.
+        norm_warps: warps of a row's program.
+        rotary_warps: warps of a program, one head of one token.
+        activation_lanes: elements of a SiLU program.
+        activation_warps: warps of a SiLU program.
+    """
+
+    few_rows: int
+    few: tuple[int, int, int, int]
+    many: tuple[int, int, int, int]
+    fold_words: int
+    fold_runs: int
+    fold_warps: int
+    norm_lanes: int
+    norm_warps: int
+    rotary_warps: int
+    activation_lanes: int
+    activation_warps: int
+
+    def linear_form(self, rows: int) -> dict[str, int]:
+        """Return the launch arguments of a Linear's runs; a program takes no more rows than a power of two needs."""
+        most, words, unroll, warps = self.few if rows <= self.few_rows else self.many
+        return {"ROWS": min(most, 1 << (rows - 1).bit_length()), "WORDS": words, "UNROLL": unroll, "num_warps": warps}
+
+
+@functools.cache
+def model_config(architecture: str) -> ModelConfig:
+    """Return the shipped configuration of part B for an architecture; raises as `exact_config`."""
+    values = _section(architecture, "model")
+    return ModelConfig(
+        **{
+            field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
+            for field in fields(ModelConfig)
+        }
+    )
+
+
+def _section(architecture: str, name: str) -> dict[str, Any]:
+    file = _NEAREST.get(architecture)
+    if file is None:
         raise UnsupportedError(
             f"no launch configuration for {architecture!r}; shipped are {', '.join(sorted(set(_NEAREST.values())))}"
         )
-    values = json.loads((CONFIGS / f"{name}.json").read_text())["exact"]
-    return ExactConfig(**{field.name: values[field.name] for field in fields(ExactConfig)})
+    return json.loads((CONFIGS / f"{file}.json").read_text())[name]

@@ -56,6 +56,12 @@ def high_half(value):
 
 
 @triton.jit
+def rounded_bits(value):
+    """RNE16 as an int32, NaN as 0x7fc0: a GPU makes the NaN 0x7fffffff, which rounding would carry over into -0."""
+    return tl.where(value != value, 0x7FC0, high_half(round16(value)))
+
+
+@triton.jit
 def power_of_two(exponent):
     """2^exponent for -126 <= exponent <= 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
