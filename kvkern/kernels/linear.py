@@ -57,26 +57,12 @@ def runs_kernel(
         w_ptrs += UNROLL * stride_w
         upcoming = _rows(w_ptrs, inside & (word * 0 + start + UNROLL < whole), stride_w, UNROLL)
         for i in tl.static_range(UNROLL // 2):
-            next_even = ()
-            next_odd = ()
-            for r in tl.static_range(ROWS):
-                x = tl.load(x_starts[r] + start // 2 + i)
-                next_even = next_even + (_pair(x, widen_low(w[2 * i]), widen_low(w[2 * i + 1]), even[r]),)
-                next_odd = next_odd + (_pair(x, widen_high(w[2 * i]), widen_high(w[2 * i + 1]), odd[r]),)
-            even = next_even
-            odd = next_odd
+            even, odd = _add_pair(x_starts, start // 2 + i, w[2 * i], w[2 * i + 1], even, odd, ROWS)
         w = upcoming
     for k in range(whole, count - 1, 2):  # what a trip does not cover; adding zeros would turn -0 into +0
         pair = _rows(w_ptrs, inside, stride_w, 2)
         w_ptrs += 2 * stride_w
-        next_even = ()
-        next_odd = ()
-        for r in tl.static_range(ROWS):
-            x = tl.load(x_starts[r] + k // 2)
-            next_even = next_even + (_pair(x, widen_low(pair[0]), widen_low(pair[1]), even[r]),)
-            next_odd = next_odd + (_pair(x, widen_high(pair[0]), widen_high(pair[1]), odd[r]),)
-        even = next_even
-        odd = next_odd
+        even, odd = _add_pair(x_starts, k // 2, pair[0], pair[1], even, odd, ROWS)
     for k in range(count - count % 2, count):  # a single last k stands alone
         last = tl.load(w_ptrs, mask=inside)
         next_even = ()
@@ -120,9 +106,24 @@ def fold_kernel(
 
 
 @triton.jit
-def _pair(factors, first, second, total):
-    """Add a pair to a chain, the odd element first; the two factors, equal for all lanes, travel in one word."""
-    return tl.fma(widen_low(factors), first, tl.fma(widen_high(factors), second, total))
+def _add_pair(x_starts, place, first, second, even, odd, ROWS: tl.constexpr):
+    """Add a pair of k to every row's chains; the two x of a row, equal for all lanes, travel in one word."""
+    first_even, second_even = widen_low(first), widen_low(second)
+    first_odd, second_odd = widen_high(first), widen_high(second)
+    next_even = ()
+    next_odd = ()
+    for r in tl.static_range(ROWS):
+        x = tl.load(x_starts[r] + place)
+        x_first, x_second = widen_low(x), widen_high(x)
+        next_even = next_even + (_chain(x_first, first_even, x_second, second_even, even[r]),)
+        next_odd = next_odd + (_chain(x_first, first_odd, x_second, second_odd, odd[r]),)
+    return next_even, next_odd
+
+
+@triton.jit
+def _chain(x_first, first, x_second, second, total):
+    """Add a pair to a chain, the odd element first."""
+    return tl.fma(x_first, first, tl.fma(x_second, second, total))
 
 
 @triton.jit

@@ -42,6 +42,12 @@ def widen_high(pair):
 
 
 @triton.jit
+def widen16(bits):
+    """Return a bf16, given as int16, as fp32."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def round16(value):
     """RNE16, kept in fp32."""
     bits = value.to(tl.int32, bitcast=True)
