@@ -52,12 +52,15 @@ def runs_kernel(
         odd = odd + (tl.zeros([WORDS], tl.float32),)
     w_ptrs = weight_ptr + first * stride_w + word
     w = _rows(w_ptrs, inside & (word * 0 < whole), stride_w, UNROLL)
-    # A loop that carries the next trip's words keeps their loads under way; unrolled, the compiler delays them.
+    # Each pair is replaced by the next trip's once it is used: UNROLL k are always under way. Unrolled further, the
+    # compiler would delay their loads.
     for start in range(0, whole, UNROLL):
         w_ptrs += UNROLL * stride_w
-        upcoming = _rows(w_ptrs, inside & (word * 0 + start + UNROLL < whole), stride_w, UNROLL)
+        has_more = inside & (word * 0 + start + UNROLL < whole)
+        upcoming = ()
         for i in tl.static_range(UNROLL // 2):
             even, odd = _add_pair(x_starts, start // 2 + i, w[2 * i], w[2 * i + 1], even, odd, ROWS)
+            upcoming = upcoming + _rows(w_ptrs + 2 * i * stride_w, has_more, stride_w, 2)
         w = upcoming
     for k in range(whole, count - 1, 2):  # what a trip does not cover; adding zeros would turn -0 into +0
         pair = _rows(w_ptrs, inside, stride_w, 2)
@@ -131,7 +134,8 @@ def _rows(ptrs, mask, stride, COUNT: tl.constexpr):
     """Load COUNT rows of words: a tuple of tensors, so that all of the loads are under way together."""
     words = ()
     for i in tl.static_range(COUNT):
-        words = words + (tl.load(ptrs + i * stride, mask=mask),)
+        words = words + (tl.load(ptrs, mask=mask),)
+        ptrs += stride
     return words
 
 
