@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Path = Literal["auto", "c", "torch", "triton"]
 
 SCRATCH_BOUND_BYTES = 256 << 20
-"""Run sums of a Linear in Triton: more rows than fit go one slice after the other."""
+"""Scratch of a Linear in Triton, or what one row needs: more rows than fit go one slice after the other."""
 
 FEW_ROWS = 4
 """Up to here C reads a weight at memory speed, in one pass; measured, stock is ahead from there on."""
@@ -102,10 +102,10 @@ def _linear_triton(rows: Tensor, weight: Tensor) -> Tensor:
         padded = rows.new_zeros(rows.shape[0], rows.shape[1] + rows.shape[1] % 2)
         padded[:, : rows.shape[1]] = rows
         rows = padded
-    row_floats = linear_module.scratch_floats(1, weight)
-    fitting = max(1, SCRATCH_BOUND_BYTES // (4 * row_floats))
-    partial = torch.empty(min(fitting, rows.shape[0]) * row_floats, dtype=torch.float32, device=rows.device)
-    model_ops.linear(rows, weight if _is_in_words(weight) else _k_major_copy(weight), out, partial)
+    need = functools.partial(linear_module.scratch_floats, weight=weight, config=model_ops.config_for(rows.device))
+    floats = max(need(1), min(need(rows.shape[0]), SCRATCH_BOUND_BYTES // 4))
+    scratch = torch.empty(floats, dtype=torch.float32, device=rows.device)
+    model_ops.linear(rows, weight if _is_in_words(weight) else _k_major_copy(weight), out, scratch)
     return out
 
 

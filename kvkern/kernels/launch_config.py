@@ -75,7 +75,9 @@ class ModelConfig:
     Attributes:
         few_rows: rows up to which a Linear is bound by the weight's bytes.
         few: rows and words of two channels of a program, k loaded together, warps.
-        many: the same above few_rows.
+        many: rows, a power of two, and words of a program, warps: above few_rows.
+        pack_pairs: pairs of k that a program lays out for `many`.
+        pack_warps: warps of that program.
         fold_words: words of two channels that a fold program takes.
         fold_runs: run sums whose loads are in flight together.
         fold_warps: warps of a fold program.
@@ -88,7 +90,9 @@ class ModelConfig:
 
     few_rows: int
     few: tuple[int, int, int, int]
-    many: tuple[int, int, int, int]
+    many: tuple[int, int, int]
+    pack_pairs: int
+    pack_warps: int
     fold_words: int
     fold_runs: int
     fold_warps: int
@@ -97,11 +101,6 @@ class ModelConfig:
     rotary_warps: int
     activation_lanes: int
     activation_warps: int
-
-    def linear_form(self, rows: int) -> dict[str, int]:
-        """Return the launch arguments of a Linear's runs; a program takes no more rows than a power of two needs."""
-        most, words, unroll, warps = self.few if rows <= self.few_rows else self.many
-        return {"ROWS": min(most, 1 << (rows - 1).bit_length()), "WORDS": words, "UNROLL": unroll, "num_warps": warps}
 
 
 @functools.cache

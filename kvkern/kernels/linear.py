@@ -1,14 +1,13 @@
-"""Linear in Triton: contract B1 for one row and for thousands, in two launches.
+"""Linear in Triton: contract B1.
 
     runs   one fp32 chain per (row, channel, run of k)   a program: some rows, some channels, one run
     fold   run sums added left to right, RNE16           a program: one row, some channels
 
 Bits depend on a row of x and a channel's weights alone. The weight is read k-major: output channels are lanes, so lanes
 never meet, and two neighbouring channels travel in one 32-bit word, as two neighbouring k of x do. Few rows are bound
-by the weight's bytes: a program has many k of few channels under way. Many rows are bound by their fused multiply-adds:
-a program holds a block of rows by channels in registers. Both are one kernel, launched differently. Rows are tuples of
-tensors over lanes and x is scalar, for the reason given in exact.py. Critical path: 512 or 1,024 dependent fmas, then
-one add per run.
+by the weight's bytes: a program of `runs` here has many k of few channels under way. Many rows have their runs in
+linear_many.py. Rows are tuples of tensors over lanes and x is scalar, for the reason given in exact.py. Critical path:
+512 or 1,024 dependent fmas, then one add per run.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import triton
 import triton.language as tl
 
 from kvkern.contract import LINEAR_LONG_ABOVE, LINEAR_RUN, LINEAR_RUN_LONG
+from kvkern.errors import LayoutError
+from kvkern.kernels.linear_many import launch_block
 from kvkern.kernels.primitives import rounded_bits, widen_high, widen_low
 
 if TYPE_CHECKING:
@@ -144,47 +145,61 @@ def run_length(inputs: int) -> int:
     return LINEAR_RUN if inputs <= LINEAR_LONG_ABOVE else LINEAR_RUN_LONG
 
 
-def scratch_floats(rows: int, weight: Tensor) -> int:
-    """Return the fp32 of scratch for `rows` rows at once."""
+def scratch_floats(rows: int, weight: Tensor, config: ModelConfig) -> int:
+    """Return the fp32 of scratch for `rows` rows at once: run sums, and what linear_many.py lays out anew."""
     outputs, inputs = weight.shape
-    return -(-inputs // run_length(inputs)) * rows * (outputs + outputs % 2)
+    sums = rows * -(-inputs // run_length(inputs)) * (outputs + outputs % 2)
+    if rows <= config.few_rows:
+        return sums
+    block = config.many[0]
+    return sums + 2 * block * (-(-rows // block) * ((inputs + 1) // 2) + 1)
 
 
-def launch_linear(x: Tensor, weight: Tensor, out: Tensor, partial: Tensor, config: ModelConfig) -> None:
+def launch_linear(x: Tensor, weight: Tensor, out: Tensor, scratch: Tensor, config: ModelConfig) -> None:
     """Compute `out = x @ weight.T` under B1.
 
     Args:
         x: `[rows, in]` bf16, `in` rounded up to even; rows begin on 4-byte boundaries.
         weight: `[out, in]` bf16, k-major; rows of k begin on 4-byte boundaries, and an odd `out` has a place behind it.
         out: `[rows, out]` bf16, innermost axis dense, written.
-        partial: fp32 scratch; rows are split so that each slice fits, and one row must.
+        scratch: fp32; rows are split so that each slice fits, and one row must.
         config: how to launch; no bit depends on it.
     """
-    slice_rows = partial.numel() // scratch_floats(1, weight)
-    for first in range(0, x.shape[0], slice_rows):
-        part = slice(first, first + slice_rows)
-        launch_runs(x[part], weight, partial, config)
-        launch_fold(partial, out[part], weight.shape[1], config)
+    rows, have = x.shape[0], scratch.numel()
+    while rows > 1 and scratch_floats(rows, weight, config) > have:
+        rows = -(-rows // 2)
+    if scratch_floats(rows, weight, config) > have:
+        raise LayoutError(f"scratch is {have} fp32; it must be at least {scratch_floats(1, weight, config)}, one row's")
+    for first in range(0, x.shape[0], rows):
+        part = slice(first, first + rows)
+        launch_runs(x[part], weight, scratch, config)
+        launch_fold(scratch, out[part], weight.shape[1], config)
 
 
-def launch_runs(x: Tensor, weight: Tensor, partial: Tensor, config: ModelConfig) -> None:
-    """Write the run sums of every row and channel; arguments as in `launch_linear`."""
+def launch_runs(x: Tensor, weight: Tensor, scratch: Tensor, config: ModelConfig) -> None:
+    """Write the run sums of every row and channel, `[runs, rows, 2, words]`; arguments as in `launch_linear`."""
     rows, (outputs, inputs) = x.shape[0], weight.shape
     words, run = (outputs + 1) // 2, run_length(inputs)
-    form = config.linear_form(rows)
+    runs = -(-inputs // run)
+    x_words = x.view(torch.int32)
     weight_words = weight.as_strided((inputs, 2 * words), (weight.stride(1), 1)).view(torch.int32)
-    grid = (-(-rows // form["ROWS"]), -(-words // form["WORDS"]), -(-inputs // run))
-    runs_kernel[grid](
-        x.view(torch.int32), weight_words, partial, x.stride(0) // 2, weight.stride(1) // 2, rows, inputs, words,
-        **form, RUN=run, enable_fp_fusion=False,
+    if rows > config.few_rows:
+        packed = scratch[2 * runs * rows * words : scratch.numel() // 2 * 2].view(torch.int64)
+        launch_block(x_words, weight_words, scratch, packed, inputs, run, config)
+        return
+    most, few_words, unroll, warps = config.few
+    few = min(most, 1 << (rows - 1).bit_length())  # no more rows than a power of two needs
+    runs_kernel[(-(-rows // few), -(-words // few_words), runs)](
+        x_words, weight_words, scratch, x_words.stride(0), weight_words.stride(0), rows, inputs, words,
+        ROWS=few, WORDS=few_words, UNROLL=unroll, RUN=run, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def launch_fold(partial: Tensor, out: Tensor, inputs: int, config: ModelConfig) -> None:
+def launch_fold(scratch: Tensor, out: Tensor, inputs: int, config: ModelConfig) -> None:
     """Add the run sums and round; arguments as in `launch_linear`."""
     rows, outputs = out.shape
     words = (outputs + 1) // 2
     fold_kernel[(rows, -(-words // config.fold_words))](
-        partial, out.view(torch.int16), out.stride(0), rows, outputs, words, -(-inputs // run_length(inputs)),
+        scratch, out.view(torch.int16), out.stride(0), rows, outputs, words, -(-inputs // run_length(inputs)),
         WORDS=config.fold_words, RUNS=config.fold_runs, num_warps=config.fold_warps, enable_fp_fusion=False,
     )  # fmt: skip

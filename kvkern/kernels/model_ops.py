@@ -6,37 +6,42 @@ import torch
 from torch import Tensor
 
 from kvkern.kernels.activation import launch_silu
-from kvkern.kernels.launch_config import model_config
+from kvkern.kernels.launch_config import ModelConfig, model_config
 from kvkern.kernels.linear import launch_linear
 from kvkern.kernels.norm import launch_norm
 from kvkern.kernels.rotary import launch_rotary
 from kvkern.kernels.triton_door import architecture
 
 _LIBRARY = torch.library.Library("kvkern", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor(a!) out, Tensor(b!) partial) -> ()")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor(a!) out, Tensor(b!) scratch) -> ()")
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()")
 _LIBRARY.define("rotary(Tensor x, Tensor positions, Tensor cos, Tensor sin, Tensor(a!) out) -> ()")
 _LIBRARY.define("silu(Tensor gate, Tensor? up, Tensor table, Tensor(a!) out) -> ()")
 
 
-def _linear(x: Tensor, weight: Tensor, out: Tensor, partial: Tensor) -> None:
+def config_for(device: torch.device) -> ModelConfig:
+    """Return the launch configuration of a device."""
+    return model_config(architecture(device))
+
+
+def _linear(x: Tensor, weight: Tensor, out: Tensor, scratch: Tensor) -> None:
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        launch_linear(x, weight, out, partial, model_config(architecture(x.device)))
+        launch_linear(x, weight, out, scratch, config_for(x.device))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     with torch.cuda.device_of(x):
-        launch_norm(x, weight, eps, out, model_config(architecture(x.device)))
+        launch_norm(x, weight, eps, out, config_for(x.device))
 
 
 def _rotary(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     with torch.cuda.device_of(x):
-        launch_rotary(x, positions, cos, sin, out, model_config(architecture(x.device)))
+        launch_rotary(x, positions, cos, sin, out, config_for(x.device))
 
 
 def _silu(gate: Tensor, up: Tensor | None, table: Tensor, out: Tensor) -> None:
     with torch.cuda.device_of(gate):
-        launch_silu(gate, up, table, out, model_config(architecture(gate.device)))
+        launch_silu(gate, up, table, out, config_for(gate.device))
 
 
 for _name, _function in (("linear", _linear), ("rms_norm", _rms_norm), ("rotary", _rotary), ("silu", _silu)):

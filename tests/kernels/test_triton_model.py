@@ -1,4 +1,4 @@
-"""Contract part B in Triton, in the interpreter: the C reference's bits, whatever the shape, the strides or the launch."""
+"""Contract part B in Triton's interpreter: the C reference's bits, whatever the shape, the strides or the launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import kvkern
 from kvkern import operations
-from kvkern.kernels import activation, linear, model_ops, native_model, norm, rotary, triton_door
+from kvkern.kernels import activation, linear, linear_many, model_ops, native_model, norm, rotary, triton_door
 from kvkern.kernels.launch_config import ModelConfig, model_config
 from kvkern.tables import RopeTable, silu_table
 from tests.support.bits import differing
@@ -23,9 +23,9 @@ NAN = float("nan")
 # No bit may depend on any of these: rows, channels and k of a program, a trip that does not divide a run, the form.
 CONFIGS = {
     "shipped": BASE,
-    "narrow": replace(BASE, few=(1, 8, 6, 1), many=(3, 16, 2, 1), fold_words=16, fold_runs=1, norm_lanes=64,
+    "narrow": replace(BASE, few=(1, 8, 6, 1), many=(2, 16, 1), pack_pairs=4, fold_words=16, fold_runs=1, norm_lanes=64,
                       activation_lanes=128),
-    "many": replace(BASE, few_rows=0, many=(2, 32, 10, 1), fold_words=64, fold_runs=2, norm_lanes=4096),
+    "many": replace(BASE, few_rows=0, many=(8, 32, 1), fold_words=64, fold_runs=2, norm_lanes=4096),
 }  # fmt: skip
 PLANTED = 2.0**20
 """Its square, 2^40, swallows everything that is added between it and its negative."""
@@ -60,9 +60,9 @@ def run_linear(x: torch.Tensor, weight: torch.Tensor, config: ModelConfig, scrat
     """Launch into a poisoned output between guards that must stay untouched, with poisoned scratch and padding."""
     rows, outputs = x.shape[0], weight.shape[0]
     k_major = in_words(weight.t())[:, :outputs].t()
-    partial = torch.full((linear.scratch_floats(min(rows, scratch_rows), weight),), NAN)
+    scratch = torch.full((linear.scratch_floats(min(rows, scratch_rows), weight, config),), NAN)
     guarded = torch.full((rows + 2, outputs + 3), NAN, dtype=torch.bfloat16)
-    linear.launch_linear(in_words(x), k_major, guarded[1:-1, :outputs], partial, config)
+    linear.launch_linear(in_words(x), k_major, guarded[1:-1, :outputs], scratch, config)
     assert guarded[0].isnan().all() and guarded[-1].isnan().all() and guarded[:, outputs:].isnan().all()
     return guarded[1:-1, :outputs].clone()
 
@@ -130,6 +130,10 @@ def test_bits_linear__even_before_odd_fails(monkeypatch: pytest.MonkeyPatch) -> 
     assert differing(run_linear(x, weight, BASE), linear_in_c(x, weight)) == 0
     monkeypatch.setattr(linear, "_chain", _even_first)
     assert differing(run_linear(x, weight, BASE), linear_in_c(x, weight)) > 0
+    many = replace(BASE, few_rows=0)
+    assert differing(run_linear(x, weight, many), linear_in_c(x, weight)) == 0
+    monkeypatch.setattr(linear_many, "_chain", _even_first)
+    assert differing(run_linear(x, weight, many), linear_in_c(x, weight)) > 0
 
 
 @pytest.mark.parametrize(("inputs", "wrong"), [(600, 256), (600, 1024), (1100, 512)])
@@ -143,7 +147,7 @@ def test_bits_linear__other_runs_fail(monkeypatch: pytest.MonkeyPatch, inputs: i
 def test_bits_linear__run_sums_from_right_to_left_fail() -> None:
     x, weight = cancelling(1, 64, 2200)
     runs, expected = 3, linear_in_c(x, weight)
-    partial = torch.full((linear.scratch_floats(1, weight),), NAN)
+    partial = torch.full((linear.scratch_floats(1, weight, BASE),), NAN)
     linear.launch_runs(x, weight.t().contiguous().t(), partial, BASE)
     out = torch.full_like(expected, NAN)
     linear.launch_fold(partial, out, 2200, BASE)
@@ -280,7 +284,7 @@ def test_bits_rotary__positions_outside_the_table_are_nan() -> None:
     x, positions, table = rope_case(64)
     positions[0, 1], positions[1, 4] = 300, -1
     out, inside = rotate(x, positions, table), (positions >= 0) & (positions < 300)
-    assert torch.equal(out.isnan().all(dim=-1).all(dim=1), ~inside) and torch.equal(out.isnan().any(dim=-1).any(dim=1), ~inside)
+    assert torch.equal(out.isnan(), ~inside[:, None, :, None].expand_as(out))
 
 
 @triton.jit
@@ -388,7 +392,7 @@ def test_ops__declare_what_they_write() -> None:
     k_major, out = operations.to_k_major(weight), torch.empty(2, 6, dtype=torch.bfloat16)
     q, positions, table = rope_case(32)
     calls = (
-        (model_ops.linear, (x, k_major, out, torch.zeros(linear.scratch_floats(2, weight)))),
+        (model_ops.linear, (x, k_major, out, torch.zeros(linear.scratch_floats(2, weight, BASE)))),
         (model_ops.rms_norm, (x, x[0].clone(), 1e-6, torch.empty_like(x))),
         (model_ops.rotary, (q, positions, table.cos, table.sin, torch.empty_like(q))),
         (model_ops.silu, (x, None, silu_table(), torch.empty_like(x))),
