@@ -121,7 +121,6 @@ def _chain(x_first, first, x_second, second, total):
     return tl.fma(x_first, first, tl.fma(x_second, second, total))
 
 
-
 def launch_block(
     x: Tensor, weight_words: Tensor, partial: Tensor, packed: Tensor, inputs: int, run: int, config: ModelConfig
 ) -> None:
