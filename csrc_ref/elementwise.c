@@ -42,6 +42,7 @@ void kv_rms_norm(const uint16_t *x, int64_t stride_x, const uint16_t *weight, fl
 void kv_silu(const uint16_t *gate, const uint16_t *up, const uint16_t *silu, uint16_t *y, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         const uint16_t activated = silu[gate[i]];
-        y[i] = up ? rne16(widen(activated) * widen(up[i])) : activated;
+        const float value = up ? widen(activated) * widen(up[i]) : 0.0f;
+        y[i] = !up ? activated : value == value ? rne16(value) : BF16_NAN;
     }
 }

@@ -1,7 +1,8 @@
-"""Contract part B, the functional API: Linear, RMSNorm, SiLU. The one place that decides which form of each runs."""
+"""Contract part B, the functional API: Linear, RMSNorm, RoPE, SiLU. The one place that decides which form of each runs."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,14 +17,19 @@ from kvkern.tables import silu_table
 if TYPE_CHECKING:
     from torch import Tensor
 
-Path = Literal["auto", "c", "torch"]
+    from kvkern.tables import RopeTable
+
+Path = Literal["auto", "c", "torch", "triton"]
+
+SCRATCH_BOUND_BYTES = 256 << 20
+"""Scratch of a Linear in Triton, or what one row needs: more rows than fit go one slice after the other."""
 
 FEW_ROWS = 4
 """Up to here C reads a weight at memory speed, in one pass; measured, stock is ahead from there on."""
 
 
 def resolve_linear(rows: int, weight: Tensor, *, path: Path = "auto") -> str:
-    """Say which form of a Linear runs: `c` or `torch`, which is stock with a single row computed as two.
+    """Say which form of a Linear runs: `triton`, `c`, or `torch`, which is stock with a single row computed as two.
 
     Args:
         rows: rows of x.
@@ -32,11 +38,12 @@ def resolve_linear(rows: int, weight: Tensor, *, path: Path = "auto") -> str:
 
     Raises:
         LayoutError: no such path.
-        UnsupportedError: the weight is not on a CPU; or `torch` is asked for and stock adds in another order here.
+        UnsupportedError: the path does not run on the weight's device; or `torch` is asked for and stock adds in
+            another order here.
     """
+    if _takes_triton(weight, path, ("c", "torch")):
+        return "triton"
     native.require_cpu(weight)
-    if path not in ("auto", "c", "torch"):
-        raise LayoutError(f"path is {path!r}; it must be 'auto', 'c' or 'torch'")
     if path == "torch" and not stock_order().follows:
         raise UnsupportedError(f"path 'torch': {stock_order().reason}. Take path 'c'.")
     if path != "auto":
@@ -62,22 +69,63 @@ def linear(x: Tensor, weight: Tensor, *, path: Path = "auto") -> Tensor:
         UnsupportedError: as `resolve_linear`.
 
     Bits:
-        Each output depends on its row of x and its row of the weight alone: not on other rows, the path, threads, or
-        the weight's strides.
+        Each output depends on its row of x and its row of the weight alone: not on other rows, the path, threads,
+        launches, or the weight's strides.
     """
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or x.shape[-1:] != weight.shape[1:]:
         raise LayoutError(
             f"x and weight must be bfloat16 [..., in] and [out, in], got {tuple(x.shape)} {x.dtype} and "
             f"{tuple(weight.shape)} {weight.dtype}"
         )
+    _require_one_device(x=x, weight=weight)
     rows = x.reshape(-1, x.shape[-1])
-    if resolve_linear(rows.shape[0], weight, path=path) == "torch":
+    form = resolve_linear(rows.shape[0], weight, path=path)
+    if form == "triton":
+        return _linear_triton(rows, weight).view(*x.shape[:-1], -1)
+    if form == "torch":
         if rows.shape[0] == 1:  # stock adds one row in shorter runs
             return F.linear(rows.expand(2, -1), weight)[:1].view(*x.shape[:-1], -1)
         return F.linear(x, weight)
     out = x.new_empty(rows.shape[0], weight.shape[0])
     native_model.linear(native.dense_rows(rows), to_k_major(weight), out)
     return out.view(*x.shape[:-1], -1)
+
+
+def _linear_triton(rows: Tensor, weight: Tensor) -> Tensor:
+    from kvkern.kernels import linear as linear_module
+    from kvkern.kernels import model_ops
+
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    if out.numel() == 0 or rows.shape[1] == 0:
+        return out.zero_()
+    if rows.shape[1] % 2 or rows.stride(1) != 1 or rows.stride(0) % 2 or rows.data_ptr() % 4:
+        padded = rows.new_zeros(rows.shape[0], rows.shape[1] + rows.shape[1] % 2)
+        padded[:, : rows.shape[1]] = rows
+        rows = padded
+    need = functools.partial(linear_module.scratch_floats, weight=weight, config=model_ops.config_for(rows.device))
+    floats = max(need(1), min(need(rows.shape[0]), SCRATCH_BOUND_BYTES // 4))
+    scratch = torch.empty(floats, dtype=torch.float32, device=rows.device)
+    model_ops.linear(rows, weight if _is_in_words(weight) else _k_major_copy(weight), out, scratch)
+    return out
+
+
+def _is_in_words(weight: Tensor) -> bool:
+    """Tell whether a weight can be read k-major in 32-bit words, two channels each, the last of them included."""
+    outputs, inputs = weight.shape
+    end = weight.storage_offset() + (inputs - 1) * weight.stride(1) + outputs + outputs % 2
+    return (
+        is_k_major(weight)
+        and weight.stride(1) % 2 == 0
+        and weight.data_ptr() % 4 == 0
+        and 2 * end <= weight.untyped_storage().nbytes()
+    )
+
+
+def _k_major_copy(weight: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
+    padded = weight.new_zeros(inputs, outputs + outputs % 2)  # an odd row would not begin on a word
+    padded[:, :outputs] = weight.t()
+    return padded[:, :outputs].t()
 
 
 def is_k_major(weight: Tensor) -> bool:
@@ -87,22 +135,24 @@ def is_k_major(weight: Tensor) -> bool:
 
 def to_k_major(weight: Tensor) -> Tensor:
     """Return the same weight `[out, in]`, k-major; a copy only where it is not so already."""
-    return weight if is_k_major(weight) else weight.t().contiguous().t()
+    return weight if is_k_major(weight) else _k_major_copy(weight)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: Path = "auto") -> Tensor:
     """Compute RMSNorm over the last axis under the contract (B2).
 
     Args:
         x: `[..., width]` bf16, width a multiple of 32 under 8,192.
         weight: `[width]` bf16.
         eps: added to the mean of squares.
+        path: `auto`, `c` or `triton`.
 
     Returns:
         The shape of x, bf16.
 
     Raises:
         LayoutError: shapes or dtypes do not fit, or the width is outside the contract.
+        UnsupportedError: the path does not run on x's device.
     """
     width = x.shape[-1]
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or tuple(weight.shape) != (width,):
@@ -114,23 +164,114 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise LayoutError(
             f"width is {width}; the contract has RMSNorm for multiples of {NORM_WIDTH_STEP} under {NORM_WIDTH_LIMIT}"
         )
-    native.require_cpu(x)
+    _require_one_device(x=x, weight=weight)
     rows = native.dense_rows(x.reshape(-1, width))
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    native_model.rms_norm(rows, weight.contiguous(), eps, out)
+    if _takes_triton(x, path, ("c",)):
+        from kvkern.kernels import model_ops
+
+        model_ops.rms_norm(rows, weight.contiguous(), eps, out)
+    else:
+        native.require_cpu(x)
+        native_model.rms_norm(rows, weight.contiguous(), eps, out)
     return out.view(x.shape)
 
 
-def silu(x: Tensor) -> Tensor:
+def rotary(x: Tensor, positions: Tensor, table: RopeTable, *, path: Path = "auto") -> Tensor:
+    """Rotate queries or keys under the contract (B3).
+
+    Args:
+        x: `[B, heads, T, head_dim]` bf16.
+        positions: `[B, T]` int64, below the table's; in Triton any other gives NaN, because a check would wait for the
+            GPU.
+        table: the model's, on x's device.
+        path: `auto`, `torch` or `triton`.
+
+    Returns:
+        The shape of x, bf16.
+
+    Raises:
+        LayoutError: shapes, dtypes or devices do not fit.
+        UnsupportedError: the path does not run on x's device.
+    """
+    half = table.cos.shape[1]
+    fits = x.dim() == 4 and x.dtype == torch.bfloat16 and x.shape[3] == 2 * half
+    if not fits or positions.dtype != torch.int64 or tuple(positions.shape) != (x.shape[0], x.shape[2]):
+        raise LayoutError(
+            f"x and positions must be bfloat16 [B, heads, T, {2 * half}] and int64 [B, T], got {tuple(x.shape)} "
+            f"{x.dtype} and {tuple(positions.shape)} {positions.dtype}"
+        )
+    _require_one_device(x=x, positions=positions, table=table.cos)
+    if _takes_triton(x, path, ("torch",)):
+        from kvkern.kernels import model_ops
+
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        model_ops.rotary(native.dense_rows(x), positions, table.cos, table.sin, out)
+        return out
+    native.require_cpu(x)
+    cos, sin = (part[positions].unsqueeze(1).repeat(1, 1, 1, 2) for part in (table.cos, table.sin))
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def silu(x: Tensor, *, path: Path = "auto") -> Tensor:
     """Look SiLU up in the contract's table (B4).
 
     Args:
         x: any shape, bf16.
+        path: `auto`, `c` or `triton`.
     """
-    if x.dtype != torch.bfloat16:
-        raise LayoutError(f"x must be bfloat16, got {x.dtype}")
-    native.require_cpu(x)
-    dense = x.contiguous()
+    return _silu(x, None, path)
+
+
+def silu_times(gate: Tensor, up: Tensor, *, path: Path = "auto") -> Tensor:
+    """Compute `RNE16(silu(gate) * up)` under the contract (B4); bf16, both of one shape."""
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise LayoutError(
+            f"gate and up must have one shape and dtype, got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} "
+            f"{up.dtype}"
+        )
+    _require_one_device(gate=gate, up=up)
+    return _silu(gate, up.contiguous(), path)
+
+
+def _silu(gate: Tensor, up: Tensor | None, path: Path) -> Tensor:
+    if gate.dtype != torch.bfloat16:
+        raise LayoutError(f"x must be bfloat16, got {gate.dtype}")
+    dense = gate.contiguous()
     out = torch.empty_like(dense)
-    native_model.silu(dense, None, silu_table(), out)
+    if _takes_triton(gate, path, ("c",)):
+        from kvkern.kernels import model_ops
+
+        model_ops.silu(dense, up, _table_on(gate.device), out)
+    else:
+        native.require_cpu(gate)
+        native_model.silu(dense, up, silu_table(), out)
     return out
+
+
+@functools.cache
+def _table_on(device: torch.device) -> Tensor:
+    return silu_table().to(device)
+
+
+def _require_one_device(**tensors: Tensor) -> None:
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise LayoutError(f"all arguments must be on one device, got {devices}")
+
+
+def _takes_triton(x: Tensor, path: Path, others: tuple[str, ...]) -> bool:
+    """Tell whether Triton runs: on a GPU always, on a CPU only where it is asked for.
+
+    Raises:
+        LayoutError: no such path; `others` are the ones beside `auto` and `triton`.
+        UnsupportedError: Triton does not run there.
+    """
+    if path not in ("auto", "triton", *others):
+        raise LayoutError(f"path is {path!r}; it must be one of {', '.join(('auto', 'triton', *others))}")
+    if path in others or (path == "auto" and x.device.type == "cpu"):
+        return False
+    from kvkern.kernels import triton_door
+
+    triton_door.require_available(x.device)
+    return True

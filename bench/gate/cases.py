@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.gate.compiler import Case
+from bench.gate.model_cases import model_cases
 from kvkern.kernels import append, exact
 from kvkern.kernels.launch_config import exact_config
 
@@ -44,4 +45,4 @@ def exact_cases(target: str) -> list[Case]:
                 cases.append(Case(label, exact.softmax_kernel, constants, config.softmax_warps, {"t_ptr": "i16"}))
     moved = {f"{name}_ptr": "i16" for name in ("k", "v", "suffix_k", "suffix_v")}
     cases.append(Case("append/D128", append.append_kernel, {"HEAD_DIM": 128, "LANES": 128}, 1, moved))
-    return cases
+    return cases + model_cases(target)

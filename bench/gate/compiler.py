@@ -43,6 +43,7 @@ class Case:
         pointee: types behind pointers, by argument name, where they differ from the usual ones.
         options: further compile options.
         profile: `exact`: the contract's allow-list holds; `fast`: tensor cores are required.
+        aligned: integer arguments that are multiples of 16.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     pointee: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     profile: str = "exact"
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,15 @@ def signature(case: Case) -> dict[str, str]:
         elif "int64" in str(parameter.annotation) or "i64" in str(parameter.annotation):
             types[name] = "i64"
         else:
-            types[name] = "fp32" if name.endswith("scale") else "i32"
+            types[name] = "fp32" if name.endswith(("scale", "eps")) else "i32"
     return types
 
 
 def compile_case(case: Case, target: str) -> Compiled:
     """Compile for a target; needs neither a GPU nor a driver."""
-    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(case.kernel.params) if p.name.endswith("_ptr")}
+    names = [parameter.name for parameter in case.kernel.params]
+    multiples = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in case.aligned]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
     source = ASTSource(fn=case.kernel, signature=signature(case), constexprs=case.constants, attrs=aligned)
     options = {"num_warps": case.num_warps, "enable_fp_fusion": False, **case.options}
     kernel = triton.compile(source, target=TARGETS[target], options=options)

@@ -19,6 +19,8 @@ _FORBIDDEN_PTX = ("approx", ".ftz", "div.full", "mma", "tcgen05", "ex2", "lg2", 
 _FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nsz")  # nnan and ninf are facts that LLVM infers
 _FDIV_FMAS = 5
 """Fused multiply-adds that AMD's expansion of one IEEE division holds."""
+_FSQRT_FMAS = 2
+"""The same of one IEEE square root: `v_sqrt_f32`, then both neighbours are tried."""
 
 
 def violations(compiled: Compiled) -> list[str]:
@@ -59,9 +61,13 @@ def _in_amd(asm: dict[str, str]) -> list[str]:
         found.append(f"denormal mode: {sorted(modes)}, IEEE is required")
     asked = len(re.findall(r"call [^\n]*@llvm\.fma\.(?:v\d+)?f32\(", llir))
     divisions = len(re.findall(r"\bfdiv\b", llir))
+    roots = len(re.findall(r"call [^\n]*@llvm\.sqrt\.f32\(", llir))
     made = len(re.findall(r"^\s+v_(?:pk_)?fma(?:c|mk|ak)?_f32", code, re.MULTILINE))
-    if made != asked + _FDIV_FMAS * divisions:
-        found.append(f"fma: {made} in the code, {asked} in the source and {divisions} divisions of {_FDIV_FMAS}")
+    if made != asked + _FDIV_FMAS * divisions + _FSQRT_FMAS * roots:
+        found.append(
+            f"fma: {made} in the code, {asked} in the source, {divisions} divisions of {_FDIV_FMAS}, {roots} square "
+            f"roots of {_FSQRT_FMAS}"
+        )
     found += [f"{op}: forbidden" for op in sorted(set(re.findall(r"v_(?:exp|log|rcp|rsq|sin|cos|mfma)\w*", code)))
               if not (op.startswith("v_rcp") and divisions)]  # fmt: skip
     return found

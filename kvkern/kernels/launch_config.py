@@ -110,22 +110,69 @@ def exact_config(architecture: str) -> ExactConfig:
     Raises:
         UnsupportedError: none is shipped for it or for its family.
     """
-    values = _shipped(architecture)["exact"]
+    values = _section(architecture, "exact")
     return ExactConfig(**{field.name: values[field.name] for field in fields(ExactConfig)})
 
 
 @functools.cache
 def fast_config(architecture: str) -> FastConfig:
     """Return the shipped configuration of the fast kernel; errors as in `exact_config`."""
-    values = _shipped(architecture)["fast"]
+    values = _section(architecture, "fast")
     units = {name: tuple(values[name]) for name in ("units_d64", "units_d128")}
     return FastConfig(**{field.name: values[field.name] for field in fields(FastConfig)} | units)
 
 
-def _shipped(architecture: str) -> dict[str, dict[str, Any]]:
-    name = _NEAREST.get(architecture)
-    if name is None:
+@dataclass(frozen=True)
+class ModelConfig:
+    """How the kernels of contract part B are launched.
+
+    Attributes:
+        few_rows: rows up to which a Linear is bound by the weight's bytes.
+        few: rows and words of two channels of a program, k loaded together, warps.
+        many: rows, a power of two, and words of a program, warps: above few_rows.
+        pack_pairs: pairs of k that a program lays out for `many`.
+        pack_warps: warps of that program.
+        fold_words: words of two channels that a fold program takes.
+        fold_runs: run sums whose loads are in flight together.
+        fold_warps: warps of a fold program.
+        norm_lanes: channels per pass of a row's program.
+        norm_warps: warps of a row's program.
+        rotary_warps: warps of a program, one head of one token.
+        activation_lanes: elements of a SiLU program.
+        activation_warps: warps of a SiLU program.
+    """
+
+    few_rows: int
+    few: tuple[int, int, int, int]
+    many: tuple[int, int, int]
+    pack_pairs: int
+    pack_warps: int
+    fold_words: int
+    fold_runs: int
+    fold_warps: int
+    norm_lanes: int
+    norm_warps: int
+    rotary_warps: int
+    activation_lanes: int
+    activation_warps: int
+
+
+@functools.cache
+def model_config(architecture: str) -> ModelConfig:
+    """Return the shipped configuration of part B for an architecture; raises as `exact_config`."""
+    values = _section(architecture, "model")
+    return ModelConfig(
+        **{
+            field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
+            for field in fields(ModelConfig)
+        }
+    )
+
+
+def _section(architecture: str, name: str) -> dict[str, Any]:
+    file = _NEAREST.get(architecture)
+    if file is None:
         raise UnsupportedError(
             f"no launch configuration for {architecture!r}; shipped are {', '.join(sorted(set(_NEAREST.values())))}"
         )
-    return json.loads((CONFIGS / f"{name}.json").read_text())
+    return json.loads((CONFIGS / f"{file}.json").read_text())[name]

@@ -42,6 +42,12 @@ def widen_high(pair):
 
 
 @triton.jit
+def widen16(bits):
+    """Return a bf16, given as int16, as fp32."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def round16(value):
     """RNE16, kept in fp32."""
     bits = value.to(tl.int32, bitcast=True)
@@ -53,6 +59,12 @@ def round16(value):
 def high_half(value):
     """Return the bf16 bits of a value that round16 has made, in the low half of an int32."""
     return (value.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+
+
+@triton.jit
+def rounded_bits(value):
+    """RNE16 as an int32, NaN as 0x7fc0: a GPU makes the NaN 0x7fffffff, which rounding would carry over into -0."""
+    return tl.where(value != value, 0x7FC0, high_half(round16(value)))
 
 
 @triton.jit

@@ -1,0 +1,149 @@
+"""The run sums of a Linear over many rows: a block of rows by channels in registers, bound by its fused multiply-adds.
+
+Every output is one chain, so there is no tl.dot: each loaded weight meets ROWS x, and each x the channels of a lane. x is
+equal for all lanes; widened and laid out once, `pack`, so that a pair of k of one row is one 64-bit load, a block's loads
+lie side by side, and the block itself widens weights alone. Bits and layout of the run sums are those of linear.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.primitives import widen_high, widen_low
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvkern.kernels.launch_config import ModelConfig
+
+
+@triton.jit
+def pack_kernel(
+    x_ptr,  # [rows, in / 2] words of two k
+    packed_ptr,  # [blocks, pairs, ROWS] int64: fp32 of k below, of k + 1 above
+    stride_x: tl.int64, rows: tl.int64,
+    pairs,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Widen PAIRS pairs of k of ROWS rows; rows past the end repeat the last."""
+    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)[:, None]
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :], rows - 1)
+    inside = pair + row * 0 < pairs
+    x = tl.load(x_ptr + row * stride_x + pair, mask=inside, other=0)
+    packed = ((x << 16).to(tl.int64) & 0xFFFFFFFF) | ((x & -65536).to(tl.int64) << 32)
+    place = (tl.program_id(0).to(tl.int64) * pairs + pair) * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(packed_ptr + place, packed, mask=inside)
+
+
+@triton.jit
+def block_kernel(
+    packed_ptr,  # [blocks, pairs, ROWS] int64
+    weight_ptr,  # [in, out / 2] words of two channels
+    partial_ptr,  # [runs, rows, 2, words] fp32, even channels and odd
+    stride_w: tl.int64, rows: tl.int64,  # words
+    inputs, words,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Chain ROWS rows of x and 2 * WORDS channels over one run of k."""
+    first_row, first = tl.program_id(0) * ROWS, tl.program_id(2) * RUN
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    inside = word < words
+    pairs = tl.minimum(inputs - first, RUN) // 2
+    x_ptr = packed_ptr + (tl.program_id(0).to(tl.int64) * ((inputs + 1) // 2) + first // 2) * ROWS
+    w_ptrs = weight_ptr + first * stride_w + word
+    even = ()
+    odd = ()
+    for _ in tl.static_range(ROWS):
+        even = even + (tl.zeros([WORDS], tl.float32),)
+        odd = odd + (tl.zeros([WORDS], tl.float32),)
+    x = _x_of_pair(x_ptr, ROWS)
+    w_first, w_second = _w_of_pair(w_ptrs, stride_w, inside & (word * 0 < pairs))
+    # The next pair is on its way while this one computes; two trips in one spare the moves from next to now.
+    for pair in tl.range(0, pairs, loop_unroll_factor=2):
+        x_ptr += ROWS
+        w_ptrs += 2 * stride_w
+        next_x = _x_of_pair(x_ptr, ROWS)  # behind the last pair, what nobody uses
+        next_first, next_second = _w_of_pair(w_ptrs, stride_w, inside & (word * 0 + pair + 1 < pairs))
+        even = _add_pair(x, widen_low(w_first), widen_low(w_second), even, ROWS)
+        odd = _add_pair(x, widen_high(w_first), widen_high(w_second), odd, ROWS)
+        x = next_x
+        w_first = next_first
+        w_second = next_second
+    for _ in range(2 * pairs, tl.minimum(inputs - first, RUN)):  # a single last k stands alone
+        last = tl.load(w_ptrs, mask=inside)
+        next_even = ()
+        next_odd = ()
+        for r in tl.static_range(ROWS):
+            x_last = tl.load(x_ptr + r).to(tl.int32).to(tl.float32, bitcast=True)
+            next_even = next_even + (tl.fma(x_last, widen_low(last), even[r]),)
+            next_odd = next_odd + (tl.fma(x_last, widen_high(last), odd[r]),)
+        even = next_even
+        odd = next_odd
+    for r in tl.static_range(ROWS):
+        if first_row + r < rows:
+            place = (tl.program_id(2) * rows + first_row + r) * (2 * words) + word
+            tl.store(partial_ptr + place, even[r], mask=inside)
+            tl.store(partial_ptr + place + words, odd[r], mask=inside)
+
+
+@triton.jit
+def _x_of_pair(x_ptr, ROWS: tl.constexpr):
+    """Load a pair of k of every row."""
+    x = ()
+    for r in tl.static_range(ROWS):
+        x = x + (tl.load(x_ptr + r),)
+    return x
+
+
+@triton.jit
+def _w_of_pair(w_ptrs, stride_w, mask):
+    """Load a pair of k of the weight."""
+    return tl.load(w_ptrs, mask=mask), tl.load(w_ptrs + stride_w, mask=mask)
+
+
+@triton.jit
+def _add_pair(x, first, second, totals, ROWS: tl.constexpr):
+    """Add a pair of k to the chains of all rows."""
+    added = ()
+    for r in tl.static_range(ROWS):
+        x_first = x[r].to(tl.int32).to(tl.float32, bitcast=True)
+        x_second = (x[r] >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        added = added + (_chain(x_first, first, x_second, second, totals[r]),)
+    return added
+
+
+@triton.jit
+def _chain(x_first, first, x_second, second, total):
+    """Add a pair to a chain, the odd element first."""
+    return tl.fma(x_first, first, tl.fma(x_second, second, total))
+
+
+def launch_block(
+    x: Tensor, weight_words: Tensor, partial: Tensor, packed: Tensor, inputs: int, run: int, config: ModelConfig
+) -> None:
+    """Write the run sums of all rows and channels.
+
+    Args:
+        x: `[rows, in / 2]` int32, words of two k.
+        weight_words: `[in, out / 2]` int32, words of two channels.
+        partial: `[runs, rows, 2, words]` fp32, written.
+        packed: int64 scratch, one for every pair of k of rows rounded up to whole blocks, and one more for a block's rows.
+        inputs: k, which may be odd.
+        run: k of one chain.
+        config: how to launch; no bit depends on it.
+    """
+    rows, pairs = x.shape
+    words = weight_words.shape[1]
+    block, block_words, warps = config.many
+    blocks = -(-rows // block)
+    strict = {"enable_fp_fusion": False}
+    pack_kernel[(blocks, -(-pairs // config.pack_pairs))](
+        x, packed, x.stride(0), rows, pairs, ROWS=block, PAIRS=config.pack_pairs, num_warps=config.pack_warps, **strict
+    )
+    block_kernel[(blocks, -(-words // block_words), -(-inputs // run))](
+        packed, weight_words, partial, weight_words.stride(0), rows, inputs, words,
+        ROWS=block, WORDS=block_words, RUN=run, num_warps=warps, **strict,
+    )  # fmt: skip
