@@ -81,7 +81,7 @@ def signature(case: Case) -> dict[str, str]:
         elif "int64" in str(parameter.annotation) or "i64" in str(parameter.annotation):
             types[name] = "i64"
         else:
-            types[name] = "fp32" if name.endswith(("scale", "eps")) else "i32"
+            types[name] = "fp32" if name == "eps" or name.endswith("scale") else "i32"
     return types
 
 
