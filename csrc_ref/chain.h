@@ -14,7 +14,7 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* Two neighbouring lanes of a little-endian bf16 row in one word: a shift widens the even one, a mask the odd one. */
-typedef uint32_t __attribute__((may_alias)) lane_pair;
+typedef uint32_t __attribute__((may_alias, aligned(2))) lane_pair;
 
 /* acc[r][lane] = chain over `count` matrix rows, starting from acc. `rows` and `lanes` are compile-time constants.
  * Meanwhile the matrix at `upcoming`, of the same form, is fetched, to be read once (locality 0). */

@@ -66,7 +66,7 @@ typedef struct {
     int64_t stride_w;
     uint16_t *y; /* [rows, out] */
     int64_t stride_y;
-    float *scratch; /* kv_linear_scratch_bytes */
+    void *scratch; /* kv_linear_scratch_bytes, aligned like floats */
     int64_t num_threads;
 } kv_linear_call;
 

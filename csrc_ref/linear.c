@@ -75,13 +75,19 @@ static void band(const kv_linear_call *call, const float *x, int64_t first, int6
                 call->y[row * call->stride_y + first + 2 * i + odd] = rounded(total[odd][row * half + i]);
 }
 
-/* Any number of rows up to SLAB_ROWS, the lanes of one unit. */
-static void panel(const kv_linear_call *call, const float *x, int64_t row_begin, int64_t rows, int64_t unit) {
+/* What a thread needs for panels; too much for a small stack. */
+typedef struct {
     uint16_t copy[LINEAR_RUN_LONG * LANES];
     float total[SLAB_ROWS][LANES];
+} panel_space;
+
+/* Any number of rows up to SLAB_ROWS, the lanes of one unit. */
+static void panel(const kv_linear_call *call, panel_space *space, const float *x, int64_t row_begin, int64_t rows, int64_t unit) {
+    uint16_t *copy = space->copy;
+    float(*total)[LANES] = space->total;
     const int64_t run = run_length(call->in), in = call->in, first = unit * LANES;
     const int64_t lanes = min_of(LANES, call->out - first);
-    memset(copy, 0, sizeof copy);
+    memset(copy, 0, sizeof space->copy);
     for (int64_t start = 0; start < in; start += run) {
         const int64_t count = min_of(run, in - start);
         for (int64_t k = 0; k < count; k++)
@@ -106,18 +112,24 @@ static void panel(const kv_linear_call *call, const float *x, int64_t row_begin,
 }
 
 int64_t kv_linear_scratch_bytes(const kv_linear_call *call) {
-    return min_of(call->rows, SLAB_ROWS) * call->in * (int64_t)sizeof(float);
+    return call->num_threads * (int64_t)sizeof(panel_space) + min_of(call->rows, SLAB_ROWS) * call->in * (int64_t)sizeof(float);
 }
 
 void kv_linear(const kv_linear_call *call) {
     const int64_t units = (call->out + LANES - 1) / LANES, threads = call->num_threads;
     const int64_t whole = call->rows <= MAX_ROWS ? call->out / LANES : 0; /* units that go in bands */
-    const int64_t share = min_of((whole + threads - 1) / threads, BAND_LANES / LANES / MAX_ROWS * (MAX_ROWS / call->rows));
-    float *x = call->scratch;
+    const int64_t most = call->rows <= MAX_ROWS ? BAND_LANES / LANES / MAX_ROWS * (MAX_ROWS / call->rows) : 1;
+    const int64_t share = whole ? min_of((whole + threads - 1) / threads, most) : 1;
+    panel_space *spaces = call->scratch;
+    float *x = (float *)(spaces + threads);
     for (int64_t first = 0; first < call->rows; first += SLAB_ROWS) {
         const int64_t rows = min_of(SLAB_ROWS, call->rows - first);
+        int64_t taken = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
         {
+            int64_t mine;
+#pragma omp atomic capture
+            mine = taken++;
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; row++)
                 for (int64_t k = 0; k < call->in; k++) x[row * call->in + k] = widen(call->x[(first + row) * call->stride_x + k]);
@@ -125,7 +137,7 @@ void kv_linear(const kv_linear_call *call) {
             for (int64_t unit = 0; unit < whole; unit += share)
                 band(call, x, unit * LANES, min_of(share, whole - unit) * LANES);
 #pragma omp for schedule(dynamic)
-            for (int64_t unit = whole; unit < units; unit++) panel(call, x, first, rows, unit);
+            for (int64_t unit = whole; unit < units; unit++) panel(call, &spaces[mine], x, first, rows, unit);
         }
     }
 }

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvkern.contract import TILE_TOKENS
-from kvkern.errors import LayoutError
+from kvkern.errors import IntegrityError, LayoutError, SpecMismatchError
 from kvkern.layout import BLOCK_TILES, BLOCK_TOKENS, pack
 from kvkern.layout.shard import encode_shard
 from kvkern.model_patch.register import under_contract
-from kvkern.model_patch.store import Prefix, prefill
+from kvkern.model_patch.store import Prefix, difference, prefill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +105,8 @@ def audit(
 
     Raises:
         LayoutError: `tokens` is not from 1 to the document's length.
+        SpecMismatchError: the model is another than the document names; or its tables are: see `Store.rope_table`.
+        IntegrityError: a token is beyond the model's vocabulary.
         UnsupportedError: an operation of the model is outside the contract; it is named.
 
     Bits:
@@ -113,6 +115,7 @@ def audit(
     count = prefix.document.manifest.num_tokens
     if tokens is not None and not 1 <= tokens <= count:
         raise LayoutError(f"tokens is {tokens}; it must be from 1 to the document's {count}, or None for all")
+    _require_same_model(prefix, model)
     with under_contract(model), torch.inference_mode():
         if tokens is None:
             found = _all_blocks(prefix, model, progress)
@@ -131,6 +134,19 @@ def audit(
         differing=sum(difference.elements for difference in found),
         differences=tuple(found),
     )
+
+
+def _require_same_model(prefix: Prefix, model: PreTrainedModel) -> None:
+    found = difference(prefix.spec, model, None, prefix.spec.salt, contract=True)
+    if found is not None:
+        raise SpecMismatchError(*found)
+    ids, vocabulary = prefix.document.token_ids(), model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= vocabulary:
+        token = int((ids >= vocabulary).nonzero()[0])
+        raise IntegrityError(
+            f"document {prefix.digest}: tokens: {int(ids[token])} at token {token} is beyond the model's vocabulary of "
+            f"{vocabulary}: this model cannot have computed it. Do not use the document."
+        )
 
 
 def _all_blocks(prefix: Prefix, model: PreTrainedModel, progress: Progress | None) -> list[Difference]:

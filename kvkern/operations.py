@@ -1,8 +1,9 @@
-"""Contract part B, the functional API: Linear, RMSNorm, RoPE, SiLU. The one place that decides which form of each runs."""
+"""Contract part B, the functional API: Linear, RMSNorm, RoPE, SiLU. The one place that decides which form runs."""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,6 +29,10 @@ FEW_ROWS = 4
 """Up to here C reads a weight at memory speed, in one pass; measured, stock is ahead from there on."""
 
 
+SMALL = 4096
+"""Up to so many products stock takes another matmul, with other bits."""
+
+
 def resolve_linear(rows: int, weight: Tensor, *, path: Path = "auto") -> str:
     """Say which form of a Linear runs: `triton`, `c`, or `torch`, which is stock with a single row computed as two.
 
@@ -39,16 +44,22 @@ def resolve_linear(rows: int, weight: Tensor, *, path: Path = "auto") -> str:
     Raises:
         LayoutError: no such path.
         UnsupportedError: the path does not run on the weight's device; or `torch` is asked for and stock adds in
-            another order here.
+            another order here, or takes another matmul for so few products.
     """
     if _takes_triton(weight, path, ("c", "torch")):
         return "triton"
     native.require_cpu(weight)
+    is_small = max(rows, 2) * weight.numel() <= SMALL
     if path == "torch" and not stock_order().follows:
         raise UnsupportedError(f"path 'torch': {stock_order().reason}. Take path 'c'.")
+    if path == "torch" and is_small:
+        raise UnsupportedError(
+            f"path 'torch': {rows} rows by a weight {tuple(weight.shape)} are {SMALL} products or fewer, which stock "
+            "adds in another order. Take path 'c'."
+        )
     if path != "auto":
         return path
-    if not stock_order().follows or (rows <= FEW_ROWS and is_k_major(weight)):
+    if not stock_order().follows or is_small or (rows <= FEW_ROWS and is_k_major(weight)):
         return "c"
     return "torch"
 
@@ -70,7 +81,9 @@ def linear(x: Tensor, weight: Tensor, *, path: Path = "auto") -> Tensor:
 
     Bits:
         Each output depends on its row of x and its row of the weight alone: not on other rows, the path, threads,
-        launches, or the weight's strides.
+        launches, or strides. Two limits, far from what a model computes: stock flushes subnormals in its products, so
+        where a weight, or a product that matters, is under about 2^-100, `torch` may differ from `c`; and the same for
+        the payload of a NaN.
     """
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or x.shape[-1:] != weight.shape[1:]:
         raise LayoutError(
@@ -78,17 +91,21 @@ def linear(x: Tensor, weight: Tensor, *, path: Path = "auto") -> Tensor:
             f"{tuple(weight.shape)} {weight.dtype}"
         )
     _require_one_device(x=x, weight=weight)
-    rows = x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], weight.shape[0])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if rows.numel() == 0 or weight.numel() == 0:
+        return x.new_zeros(shape)
     form = resolve_linear(rows.shape[0], weight, path=path)
     if form == "triton":
-        return _linear_triton(rows, weight).view(*x.shape[:-1], -1)
+        return _linear_triton(rows, weight).view(shape)
+    rows = native.dense_rows(rows)  # stock takes another matmul for a transposed x
     if form == "torch":
         if rows.shape[0] == 1:  # stock adds one row in shorter runs
-            return F.linear(rows.expand(2, -1), weight)[:1].view(*x.shape[:-1], -1)
-        return F.linear(x, weight)
+            return F.linear(rows.expand(2, -1), weight)[:1].view(shape)
+        return F.linear(rows, weight).view(shape)
     out = x.new_empty(rows.shape[0], weight.shape[0])
-    native_model.linear(native.dense_rows(rows), to_k_major(weight), out)
-    return out.view(*x.shape[:-1], -1)
+    native_model.linear(rows, to_k_major(weight), out)
+    return out.view(shape)
 
 
 def _linear_triton(rows: Tensor, weight: Tensor) -> Tensor:
@@ -154,7 +171,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: Path = "auto") -> T
         LayoutError: shapes or dtypes do not fit, or the width is outside the contract.
         UnsupportedError: the path does not run on x's device.
     """
-    width = x.shape[-1]
+    width = x.shape[-1] if x.dim() else 0
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or tuple(weight.shape) != (width,):
         raise LayoutError(
             f"x and weight must be bfloat16 [..., width] and [width], got {tuple(x.shape)} {x.dtype} and "

@@ -20,7 +20,7 @@ from kvkern.cli.app import (
     existing,
     fail,
 )
-from kvkern.cli.loading import Attention, load
+from kvkern.cli.loading import Attention, Producer, load
 from kvkern.cli.view import Format, counted, fields, print_result, table, token_bar
 from kvkern.errors import LayoutError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvkern.auditing import Audit
 
 AuditModelOption = Annotated[str, typer.Option("--model", help="The model that published it.", show_default=False)]
+InsistOption = Annotated[Producer | None, typer.Option("--producer", help="Refuse a document of any other.")]
 AllOption = Annotated[bool, typer.Option("--all", help="The verdict: recompute every token (the default).")]
 TokensOption = Annotated[int | None, typer.Option("--tokens", min=1, help="A spot check of so many random tokens.")]
 
@@ -40,6 +41,7 @@ def audit(
     tokens: TokensOption = None,
     store: StoreOption = DEFAULT_STORE,
     salt: SaltOption = "",
+    producer: InsistOption = None,
     output: FormatOption = Format.table,
 ) -> None:
     """Recompute a document under the numeric contract and compare bits; exit code 2 if any differs.
@@ -55,22 +57,25 @@ def audit(
     network, _ = load(model, Attention.eager)
     from kvkern.auditing import audit as check
 
-    prefix = kvkern.Store(store).open(digest, network, salt=salt)
+    opened = kvkern.Store(store)
+    prefix = opened.open(digest, network, producer=producer and producer.value, salt=salt)
+    if prefix.spec.producer == "contract":
+        take_table(opened, prefix)
     start = time.perf_counter()
     with token_bar("recomputing") as progress:
         found = check(prefix, network, tokens, progress=progress)
     seconds = time.perf_counter() - start
-    producer = prefix.spec.producer
+    made_by = prefix.spec.producer
     data = {
         "digest": prefix.digest,
-        "producer": producer,
+        "producer": made_by,
         **dataclasses.asdict(found),
         "miss_probability": found.miss_probability(),
         "seconds": seconds,
     }
     headers = ("token>", "layer>", "head>", "part", "channel>", "ulps>", "elements>")
     rows = [dataclasses.astuple(difference) for difference in found.differences]
-    parts: list[Any] = [fields(_view(found, prefix.digest, producer, seconds))]
+    parts: list[Any] = [fields(_view(found, prefix.digest, made_by, seconds))]
     print_result(output, data, *parts, *([table(headers, rows)] if rows else []))
     if found.ok is False:
         first = found.differences[0]
@@ -80,6 +85,14 @@ def audit(
             f"{counted(first.ulps, 'ulp')} off",
             INTEGRITY_ERROR,
         )
+
+
+def take_table(store: kvkern.Store, prefix: kvkern.Prefix) -> None:
+    """Where this host's mathematical library makes another RoPE table, take the document's, if it may be one."""
+    from kvkern.model_patch.rope import give_rope_table, rope_table
+
+    if rope_table(prefix.model).digest != prefix.spec.producer_info.get("rope_table"):
+        give_rope_table(prefix.model, store.rope_table(prefix.digest))
 
 
 def _view(found: Audit, digest: str, producer: str, seconds: float) -> dict[str, str]:

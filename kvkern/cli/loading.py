@@ -23,6 +23,13 @@ class Attention(StrEnum):
     sdpa = "sdpa"
 
 
+class Producer(StrEnum):
+    """How KV is computed."""
+
+    stock = "stock"
+    contract = "contract"
+
+
 def read_text(file: str) -> str:
     """Read UTF-8 text from a file, or from stdin when it is called `-`."""
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()

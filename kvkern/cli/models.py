@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -27,20 +26,13 @@ from kvkern.cli.app import (
     existing,
     fail,
 )
-from kvkern.cli.loading import Attention, load, quiet_transformers, read_text
+from kvkern.cli.loading import Attention, Producer, load, quiet_transformers, read_text
 from kvkern.cli.view import Format, counted, demo_view, dialogue, fields, print_result, progress_bar, sized, working
 
 # oneDNN orders its sums by instruction set: under AMX not as the contract does.
 _CONTRACT_ISA = "AVX512_CORE_BF16"
 
 DemoStoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of the store; temporary if left out.")]
-
-
-class Producer(StrEnum):
-    """How KV is computed."""
-
-    stock = "stock"
-    contract = "contract"
 
 
 ProducerOption = Annotated[Producer, typer.Option(help="stock: as the model runs; contract: every bit is fixed.")]

@@ -234,13 +234,12 @@ def attend(
         stride_sb=suffix_k.stride(0), stride_sh=suffix_k.stride(1), stride_st=suffix_k.stride(2),
         sm_scale=sm_scale, key_run=key_run, num_threads=torch.get_num_threads(),
     )  # fmt: skip
-    address = ctypes.addressof(call)
-    least = lib.kv_attend_scratch_bytes(address, 1)
-    wanted = lib.kv_attend_scratch_bytes(address, q.shape[2])
+    least = lib.kv_attend_scratch_bytes(ctypes.byref(call), 1)
+    wanted = lib.kv_attend_scratch_bytes(ctypes.byref(call), q.shape[2])
     scratch = torch.empty(max(least, min(wanted, scratch_bound_bytes)), dtype=torch.uint8)
     call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch.numel()
-    status = lib.kv_attend(address)
-    assert status == 0, f"kv_attend returned {status}"
+    status = lib.kv_attend(ctypes.byref(call))
+    assert status == 0 and scratch.numel() >= 0, f"kv_attend returned {status}"  # scratch is alive until here
 
 
 def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
@@ -262,7 +261,7 @@ def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot:
         suffix_k=suffix_k.data_ptr(), suffix_v=suffix_v.data_ptr(),
         stride_sb=suffix_k.stride(0), stride_sh=suffix_k.stride(1), stride_st=suffix_k.stride(2),
     )  # fmt: skip
-    library().kv_append(ctypes.addressof(call))
+    library().kv_append(ctypes.byref(call))
 
 
 def require_cpu(tensor: Tensor) -> None:

@@ -45,10 +45,10 @@ def linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
         x=x.data_ptr(), stride_x=x.stride(0), weight=weight.data_ptr(), stride_w=weight.stride(1),
         y=y.data_ptr(), stride_y=y.stride(0), num_threads=torch.get_num_threads(),
     )  # fmt: skip
-    address = ctypes.addressof(call)
-    scratch = torch.empty(lib.kv_linear_scratch_bytes(address), dtype=torch.uint8)
+    scratch = torch.empty(lib.kv_linear_scratch_bytes(ctypes.byref(call)), dtype=torch.uint8)
     call.scratch = scratch.data_ptr()
-    lib.kv_linear(address)
+    lib.kv_linear(ctypes.byref(call))
+    assert scratch.numel() >= 0  # alive until here, whatever a compiler makes of this function
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:

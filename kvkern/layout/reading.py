@@ -50,6 +50,8 @@ def read_manifest(directory: Directory, digest: str) -> Manifest:
 
 def read_table(directory: Directory, digest: str) -> bytes:
     """Read a table by its digest; see `BlockStore.table`."""
+    if not is_digest(digest):  # it comes from somebody's manifest, and is going to be a path
+        raise LayoutError(f"table digest is {digest!r}; it must be 64 lower-case hex digits")
     path = directory.table_path(digest)
     try:
         data = read_regular(path, "a table", MAX_TABLE_BYTES)

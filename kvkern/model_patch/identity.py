@@ -55,7 +55,7 @@ def spec_of(model: PreTrainedModel, *, producer: str = "stock", salt: str = "") 
         config={name: value for name, value in sorted(_plain(config.to_dict()).items()) if name not in _IRRELEVANT},
         dtype=str(model.dtype).removeprefix("torch."),
         producer=producer,
-        producer_info=_stock_info(model) if producer == "stock" else _contract_info(model),
+        producer_info=_stock_info(model) if producer == "stock" else contract_info(model),
         salt=salt,
     )
 
@@ -68,7 +68,8 @@ def _stock_info(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def _contract_info(model: PreTrainedModel) -> dict[str, str]:
+def contract_info(model: PreTrainedModel) -> dict[str, str]:
+    """Return the contract and the tables under which a model computes KV."""
     table = rope_table(model)
     return {"contract": CONTRACT_ID, "rope_table": table.digest, "silu_table": SILU_TABLE_SHA256}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import torch
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch import whole
 from kvkern.model_patch.rope import give_rope_table
+from kvkern.probe import stock_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +27,8 @@ FAST_IMPLEMENTATION = "kvkern_fast"
 SCOPES = {"attention": IMPLEMENTATION, "model": CONTRACT_IMPLEMENTATION}
 _NAMES = (*SCOPES.values(), FAST_IMPLEMENTATION)
 _PREVIOUS = "_kvkern_previous_implementation"
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
 def register() -> None:
@@ -82,21 +87,33 @@ def unpatch(model: PreTrainedModel) -> None:
 
 @contextmanager
 def under_contract(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model under the contract for a while: scope "model", without laying its weights out anew.
+    """Run a model under the contract for a while: scope "model"; one thread of a model at a time.
+
+    Where Linear runs in C, weights are laid out for it meanwhile. Nobody else may run the model until it is over.
 
     Raises:
         UnsupportedError: an operation is outside the contract; it is named.
     """
-    if whole.is_entered(model):
-        yield
-        return
-    before = model.config._attn_implementation
-    _select(model, "model", k_major=False)
-    try:
-        yield
-    finally:
-        whole.leave(model)
-        model.set_attn_implementation(before)
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        if whole.is_entered(model):
+            whole.require_whole(model)
+            if model.config._attn_implementation != CONTRACT_IMPLEMENTATION:
+                raise UnsupportedError(
+                    f"attention is {model.config._attn_implementation!r} on a model of scope 'model': call "
+                    "kvkern.unpatch(model) and patch again"
+                )
+            yield
+            return
+        before = model.config._attn_implementation
+        try:
+            _select(model, "model", k_major=not stock_order().follows)
+            yield
+        finally:
+            if whole.is_entered(model):
+                whole.leave(model)
+            model.set_attn_implementation(before)
 
 
 def is_patched(config: Any) -> bool:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _FIXED = ("default", "linear", "llama3", "yarn")  # the frequencies do not depend on the sequence
 
+MOST_APART = 1e-3
+"""Part of a given table's entries that may be one unit in the last place away from this host's."""
+
 _TABLES: weakref.WeakKeyDictionary[Any, RopeTable] = weakref.WeakKeyDictionary()
 _GIVEN: weakref.WeakSet[RopeTable] = weakref.WeakSet()
 
@@ -37,17 +40,35 @@ def give_rope_table(model: PreTrainedModel, table: RopeTable) -> None:
     """Make a model use a publisher's table; `Store.open` compares its digest with the document's.
 
     Raises:
-        UnsupportedError: it is not a table of this model's positions and head_dim.
+        UnsupportedError: it is not what another mathematical library could have made of this model's RoPE.
     """
     rotary = _rotary_of(model)
     made = _made(rotary, model.config.get_text_config())
-    if table.cos.shape != made.cos.shape:
+    for name, given, own in (("cos", table.cos, made.cos), ("sin", table.sin, made.sin)):
+        if given.shape != own.shape or given.dtype != torch.bfloat16:
+            raise UnsupportedError(
+                f"rope_table.{name} is {tuple(given.shape)} {given.dtype}, {type(model).__name__} needs "
+                f"{tuple(own.shape)} torch.bfloat16"
+            )
+    if table.digest == made.digest:
+        return
+    apart = torch.cat([_apart(table.cos, made.cos), _apart(table.sin, made.sin)])
+    is_known = stock_order().follows or made.digest in KNOWN_ROPE_TABLES
+    if is_known or int(apart.max()) > 1 or int((apart > 0).sum()) > MOST_APART * apart.numel():
         raise UnsupportedError(
-            f"rope_table has {tuple(table.cos.shape)} positions and channels, {type(model).__name__} needs "
-            f"{tuple(made.cos.shape)}"
+            f"rope_table {table.digest} is not this model's: {int((apart > 0).sum()):,} of {apart.numel():,} entries "
+            f"differ from this host's, by up to {int(apart.max())} units in the last place; mathematical libraries "
+            "differ in about one of 100,000, by one. Do not trust its publisher."
         )
     _TABLES[rotary] = table
     _GIVEN.add(table)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Units in the last place between bf16 values, by their order."""
+    ordered = [x.view(torch.int16).to(torch.int32).reshape(-1) for x in (a, b)]
+    ordered = [torch.where(x < 0, -(x & 0x7FFF), x) for x in ordered]
+    return (ordered[0] - ordered[1]).abs()
 
 
 def require_trusted(model: PreTrainedModel) -> RopeTable:
@@ -82,6 +103,11 @@ def _made(rotary: Any, config: Any) -> RopeTable:
         raise UnsupportedError(
             f"RoPE type {kind!r} is outside the numeric contract, whose table covers {', '.join(_FIXED)}. Take scope "
             "'attention' or producer 'stock'."
+        )
+    if rotary.inv_freq.dtype != torch.float32:
+        raise UnsupportedError(
+            f"RoPE frequencies are in {rotary.inv_freq.dtype}: model.to(dtype) has cast them. Load the model with "
+            "dtype=torch.bfloat16 instead"
         )
     positions = torch.arange(config.max_position_embeddings, device=rotary.inv_freq.device)[None]
     like = torch.empty(0, dtype=torch.bfloat16, device=positions.device)

@@ -27,7 +27,7 @@ from kvkern.layout import (
     upload,
 )
 from kvkern.layout.index import token_tensor
-from kvkern.spec import PRODUCERS
+from kvkern.spec import ABSENT, PRODUCERS
 from kvkern.tables import RopeTable
 
 if TYPE_CHECKING:
@@ -148,10 +148,12 @@ class Store:
             SpecMismatchError: the model, producer or salt differs; the field and both values are named.
             LayoutError: no such document, or a file of another form.
         """
+        from kvkern.model_patch.whole import is_entered
+
         stored = self.blocks.manifest(digest).spec
-        difference = _difference(stored, model, producer, salt)
-        if difference is not None:
-            raise SpecMismatchError(*difference)
+        found = difference(stored, model, producer, salt, contract=is_entered(model))
+        if found is not None:
+            raise SpecMismatchError(*found)
         return Prefix(self.blocks.get(digest, progress=progress), model)
 
     def match(
@@ -181,11 +183,13 @@ class Store:
             KV is what the document's publisher computed. Stock's KV of a token depends on the length of the prefill
             once that crosses 1,024 tokens, so a match within a longer document may differ from a prefill of its own.
         """
-        ids = token_tensor(token_ids)
+        from kvkern.model_patch.whole import is_entered
+
+        ids, under = token_tensor(token_ids), is_entered(model)
         if ids.numel() == 1:
             return None
         specs = {line.spec.digest: line.spec for line in self.blocks.ls()}
-        mine = (digest for digest, spec in specs.items() if _difference(spec, model, producer, salt) is None)
+        mine = (digest for digest, spec in specs.items() if not difference(spec, model, producer, salt, contract=under))
         found = [match for match in (self.blocks.match(digest, ids[:-1]) for digest in mine) if match]
         if not found:
             return None
@@ -210,7 +214,7 @@ class Store:
         spec = self.blocks.manifest(digest).spec
         if spec.producer != "contract":
             raise LayoutError(f"document {digest} was published by producer {spec.producer!r}: it has no RoPE table")
-        return RopeTable.from_bytes(self.blocks.table(spec.producer_info["rope_table"]), spec.head_dim)
+        return RopeTable.from_bytes(self.blocks.table(spec.producer_info.get("rope_table", ABSENT)), spec.head_dim)
 
     def remove(self, digest: str) -> str:
         """Take a document out of the list; see `layout.BlockStore.remove`."""
@@ -319,19 +323,31 @@ class Prefix:
         """Leave; the mappings go when the last reader's cache goes."""
 
 
-def _difference(
-    stored: KVSpec, model: PreTrainedModel, producer: str | None, salt: str | None
+def difference(
+    stored: KVSpec, model: PreTrainedModel, producer: str | None, salt: str | None, *, contract: bool
 ) -> tuple[str, Any, Any] | None:
-    """Return what keeps a model from reading KV of a spec: (field, stored, wanted)."""
-    from kvkern.model_patch.identity import spec_of
+    """Return what keeps a model from reading KV of a spec: (field, stored, wanted).
+
+    Args:
+        stored: the document's.
+        model: the reader.
+        producer: that it insists on.
+        salt: None means the empty salt.
+        contract: the reader computes under the contract, so the tables of a contract document matter too.
+    """
+    from kvkern.model_patch.identity import contract_info, spec_of
 
     if (dtype := str(model.dtype).removeprefix("torch.")) != stored.dtype:
         return "dtype", stored.dtype, dtype
     if producer not in (None, stored.producer):
         return "producer", stored.producer, producer
-    mine = spec_of(model, producer=stored.producer, salt=salt or "")
-    info = () if stored.producer == "contract" else ("producer_info",)
-    return stored.first_difference(mine, ignore=("producer", *info))
+    found = stored.first_difference(spec_of(model, salt=salt or ""), ignore=("producer", "producer_info"))
+    if found is not None or not contract or stored.producer != "contract":
+        return found
+    info = contract_info(model)
+    names = sorted({*info, *stored.producer_info})
+    pairs = ((name, stored.producer_info.get(name, ABSENT), info.get(name, ABSENT)) for name in names)
+    return next(((f"producer_info.{name}", theirs, mine) for name, theirs, mine in pairs if theirs != mine), None)
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:

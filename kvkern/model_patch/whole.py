@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
     from kvkern.tables import RopeTable
 
-    Forward = Callable[..., Any]
+    Forward = Callable[..., Any]  # takes the module first
 
 _HOMES = ("transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3")
 _CONTAINERS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP")
 _UNDO = "_kvkern_whole"
+_TABLE = "_kvkern_rope_table"
 
 
 def enter(model: PreTrainedModel, *, k_major: bool) -> None:
@@ -38,27 +40,54 @@ def enter(model: PreTrainedModel, *, k_major: bool) -> None:
         UnsupportedError: an operation is outside the contract; it is named, and nothing has been changed.
     """
     forwards = contract_forwards(model)
-    if k_major:
-        for module in model.modules():
-            if type(module) is nn.Linear:
+    laid_out: list[str] = []
+    setattr(model, _UNDO, laid_out)
+    try:
+        for name, module in model.named_modules() if k_major else ():
+            if type(module) is nn.Linear and not operations.is_k_major(module.weight):
                 module.weight.data = operations.to_k_major(module.weight.data)
-    for module, forward in forwards.items():
-        module.forward = forward
-    setattr(model, _UNDO, k_major)
+                laid_out.append(name)
+        for module, forward in forwards.items():
+            module.forward = MethodType(forward, module)
+    except BaseException:
+        leave(model)
+        raise
 
 
 def leave(model: PreTrainedModel) -> None:
-    """Undo `enter`; the weights are laid out as torch makes them."""
+    """Undo what `enter` did, and nothing else."""
     for module in model.modules():
-        module.__dict__.pop("forward", None)
-        if type(module) is nn.Linear:
-            module.weight.data = module.weight.data.contiguous()
+        if _is_ours(module):
+            del module.forward
+        module.__dict__.pop(_TABLE, None)
+    for name in getattr(model, _UNDO):
+        weight = model.get_submodule(name).weight
+        weight.data = weight.data.contiguous()
     delattr(model, _UNDO)
 
 
 def is_entered(model: PreTrainedModel) -> bool:
     """Tell whether the whole model is under the contract."""
     return hasattr(model, _UNDO)
+
+
+def require_whole(model: PreTrainedModel) -> None:
+    """Refuse a model that was changed after it was entered.
+
+    Raises:
+        UnsupportedError: an operation is not, or no longer, under the contract; it is named.
+    """
+    for module in contract_forwards(model):
+        if not _is_ours(module):
+            name = next(name for name, found in model.named_modules() if found is module)
+            raise UnsupportedError(
+                f"{type(model).__name__}.{name} has come after kvkern.patch: call kvkern.unpatch(model) and patch again"
+            )
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "__func__", None) in (_linear, _norm, _rotary, _silu)
 
 
 def contract_forwards(model: PreTrainedModel) -> dict[nn.Module, Forward]:
@@ -68,8 +97,10 @@ def contract_forwards(model: PreTrainedModel) -> dict[nn.Module, Forward]:
         UnsupportedError: a module or a property is outside the contract; its name is in the message.
     """
     forwards: dict[nn.Module, Forward] = {}
+    config = model.config.get_text_config()
     for name, module in model.named_modules():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
+        _require_plain(module, where)
         kind, home = type(module).__name__, type(module).__module__
         for own, tensor in module.named_parameters(recurse=False):
             if tensor.dtype != torch.bfloat16:
@@ -77,41 +108,60 @@ def contract_forwards(model: PreTrainedModel) -> dict[nn.Module, Forward]:
         if type(module) is nn.Linear:
             if module.bias is not None:
                 _refuse(where, "a Linear with a bias", "Linear without a bias")
-            forwards[module] = _linear(module)
+            forwards[module] = _linear
         elif home in _HOMES and kind.endswith("RMSNorm"):
             width = module.weight.shape[0]
             if width % NORM_WIDTH_STEP or width >= NORM_WIDTH_LIMIT:
                 _refuse(where, f"width {width}", f"multiples of {NORM_WIDTH_STEP} under {NORM_WIDTH_LIMIT}")
-            forwards[module] = _norm(module)
+            if module.variance_epsilon != config.rms_norm_eps:
+                _refuse(where, f"eps {module.variance_epsilon}", f"the configuration's {config.rms_norm_eps}")
+            forwards[module] = _norm
         elif home in _HOMES and kind.endswith("RotaryEmbedding"):
-            forwards[module] = _rotary(require_trusted(model))
+            module.__dict__[_TABLE] = require_trusted(model)
+            forwards[module] = _rotary
         elif kind in ("SiLUActivation", "SiLU"):
-            forwards[module] = operations.silu
+            forwards[module] = _silu
         elif type(module) not in (nn.Embedding, nn.ModuleList) and not (home in _HOMES and kind.endswith(_CONTAINERS)):
             _refuse(where, f"a {kind}", "Qwen3 and Llama with Linear, RMSNorm, RoPE and SiLU")
     return forwards
 
 
-def _linear(module: nn.Linear) -> Forward:
-    return lambda x: operations.linear(x, module.weight)
+def _require_plain(module: nn.Module, where: str) -> None:
+    """Refuse what would compute something beside, or instead of, the module's own forward."""
+    if "forward" in module.__dict__ and not _is_ours(module):
+        _refuse(where, "a forward of its own", "modules as transformers makes them")
+    if module._forward_hooks or module._forward_pre_hooks:
+        _refuse(where, "a forward hook", "modules without hooks")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        _refuse(where, "a compiled module", "modules that are not compiled")
+    scaling, head_dim = getattr(module, "scaling", None), getattr(module, "head_dim", None)
+    if scaling is not None and head_dim is not None and scaling != head_dim**-0.5:
+        _refuse(where, f"scaling {scaling}", f"{head_dim**-0.5}")
 
 
-def _norm(module: Any) -> Forward:
-    return lambda x: operations.rms_norm(x, module.weight, module.variance_epsilon)
+def _linear(self: nn.Linear, x: Tensor) -> Tensor:
+    if self.training:
+        raise UnsupportedError("training under scope 'model': kvkern computes no gradients, call model.eval()")
+    return operations.linear(x, self.weight)
 
 
-def _rotary(table: RopeTable) -> Forward:
+def _norm(self: Any, x: Tensor) -> Tensor:
+    return operations.rms_norm(x, self.weight, self.variance_epsilon)
+
+
+def _silu(self: nn.Module, x: Tensor) -> Tensor:
+    return operations.silu(x)
+
+
+def _rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    table: RopeTable = self.__dict__[_TABLE]
     positions = table.cos.shape[0]
-
-    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if int(position_ids.max()) >= positions:
-            raise UnsupportedError(
-                f"position {int(position_ids.max())} is beyond the RoPE table's {positions}: the contract covers "
-                "0 .. max_position_embeddings - 1"
-            )
-        return tuple(part[position_ids].repeat(1, 1, 2) for part in (table.cos, table.sin))
-
-    return forward
+    if position_ids.device.type == "cpu" and not 0 <= int(position_ids.min()) <= int(position_ids.max()) < positions:
+        raise UnsupportedError(
+            f"positions {int(position_ids.min())} to {int(position_ids.max())} are not all in the RoPE table's 0 to "
+            f"{positions - 1}: the contract covers 0 .. max_position_embeddings - 1"
+        )
+    return tuple(part.to(x.device)[position_ids].repeat(1, 1, 2) for part in (table.cos, table.sin))
 
 
 def _refuse(where: str, given: object, allowed: str) -> None:

@@ -66,9 +66,29 @@ def test_bits_linear__one_result_for_all_paths_strides_and_threads(out: int, inp
                         assert differing(operations.linear(x[:rows], laid, path=path), expected[:rows]) == 0
     finally:
         torch.set_num_threads(threads)
+    for rows in (2, 40, 300):
+        across = x[:rows].t().contiguous().t()
+        for path in ("c", "torch", "auto"):
+            assert differing(operations.linear(across, weight, path=path), expected[:rows]) == 0, "x transposed"
     grown = torch.zeros(2, 3, inputs + 8, dtype=torch.bfloat16)
     grown[..., :inputs] = x[:6].view(2, 3, -1)
     assert differing(operations.linear(grown[..., :inputs], weight, path="c").view(6, -1), expected[:6]) == 0
+
+
+def test_bits_linear__a_row_among_others_is_a_row_alone_however_small_the_weight() -> None:
+    """Stock takes another matmul for 4,096 products or fewer."""
+    x, weight = hard_linear(64, 16, 64)
+    together = operations.linear(x, weight)
+    for rows in (1, 2, 3, 4, 5, 16):
+        assert differing(operations.linear(x[:rows], weight), together[:rows]) == 0, rows
+    assert operations.resolve_linear(4, weight) == "c"
+
+
+def test_linear__no_rows_and_no_inputs() -> None:
+    weight = torch.zeros(8, 64).bfloat16()
+    for path in ("c", "auto"):
+        assert operations.linear(torch.zeros(0, 64).bfloat16(), weight, path=path).shape == (0, 8)
+        assert operations.linear(torch.zeros(2, 3, 0).bfloat16(), weight[:, :0], path=path).eq(0).all()
 
 
 def test_bits_linear__odd_numbers() -> None:
@@ -99,18 +119,13 @@ LINEAR_TWINS = {
         "for (int odd = 0; odd < 2; odd++) memset(acc",
         "for (int odd = 0; odd < 2 && !start; odd++) memset(acc",
     ),
-    "products rounded": (
-        "linear.c",
-        "e = fmaf(x[j], from_bits(w << 16), e);",
-        "e += x[j] * from_bits(w << 16) * 1.0000001f;",
-    ),
     "truncated": ("arith.h", "bits += 0x7fffu + ((bits >> 16) & 1u);\n    return (uint16_t)", "return (uint16_t)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINEAR_TWINS)
 def test_bits_linear__a_wrong_twin_fails(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [hard_linear(rows, 128, inputs) for rows in (1, 8) for inputs in (600, 3000)]
+    cases = [hard_linear(rows, 2048, inputs) for rows in (1, 8) for inputs in (600, 3000)]
     expected = [by_c(*case) for case in cases]
     twin = build_twin(LINEAR_TWINS[name], tmp_path, monkeypatch)
     monkeypatch.setattr(native_model, "library", lambda: twin)
@@ -160,11 +175,6 @@ NORM_TWINS = {
         "first[lane] += first[group * NORM_LANES + lane]",
         "first[lane] += first[(NORM_GROUPS - group) * NORM_LANES + lane]",
     ),
-    "fused squares": (
-        "elementwise.c",
-        "first[i] += value * value;",
-        "first[i] = fmaf(value, value, first[i] * 1.0000001f);",
-    ),
     "y unrounded": ("elementwise.c", "round16(round16(widen(x[i]) * inverse) *", "round16((widen(x[i]) * inverse) *"),
     "divided": ("elementwise.c", "widen(x[i]) * inverse)", "widen(x[i]) / (1.0f / inverse))"),
 }  # fmt: skip
@@ -209,8 +219,16 @@ def test_raises_operations__name_what_is_wrong() -> None:
     ):
         with pytest.raises(LayoutError, match=message):
             call()
-    with pytest.raises(UnsupportedError, match="CPU only"):
+    with pytest.raises(UnsupportedError, match="does not run on 'meta'"):
         operations.linear(x.to("meta"), weight.to("meta"))
+    for call in (
+        lambda: operations.linear(x.to("meta"), weight, path="c"),
+        lambda: operations.rms_norm(x, weight[0].to("meta"), 1e-6),
+    ):
+        with pytest.raises(LayoutError, match="one device"):
+            call()
+    with pytest.raises(UnsupportedError, match="4096 products or fewer"):
+        operations.linear(x, weight, path="torch")
 
 
 def test_raises_operations__torch_is_refused_where_it_adds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from kvkern import operations
 from kvkern.contract import CONTRACT_ID, KNOWN_ROPE_TABLES, SILU_TABLE_SHA256
 from kvkern.errors import IntegrityError, LayoutError, SpecMismatchError, UnsupportedError
 from kvkern.model_patch import rope, whole
+from kvkern.model_patch.identity import spec_of
 from kvkern.model_patch.register import under_contract
 from kvkern.model_patch.rope import rope_table
 from kvkern.model_patch.store import Store
@@ -139,11 +143,136 @@ def test_raises_scope__a_position_beyond_the_table() -> None:
     model = tiny(max_position_embeddings=8)
     kvkern.patch(model, scope="model")
     logits(model, [1] * 8)
-    with pytest.raises(UnsupportedError, match="position 8 is beyond the RoPE table's 8"):
+    with pytest.raises(UnsupportedError, match="positions 0 to 8 are not all in the RoPE table's 0 to 7"):
         logits(model, [1] * 9)
 
 
+class Custom:
+    """What changes a model behind its classes' backs."""
+
+    @staticmethod
+    def forward(model: PreTrainedModel) -> None:
+        module = model.model.layers[0].mlp.up_proj
+        module.forward = lambda x: nn.functional.linear(x, module.weight) * 2
+
+    @staticmethod
+    def hook(model: PreTrainedModel) -> None:
+        model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out * 2)
+
+    @staticmethod
+    def eps(model: PreTrainedModel) -> None:
+        model.model.norm.variance_epsilon = 1e-3
+
+    @staticmethod
+    def scaling(model: PreTrainedModel) -> None:
+        model.model.layers[0].self_attn.scaling = 0.5
+
+    @staticmethod
+    def frequencies(model: PreTrainedModel) -> None:
+        model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Custom) if not name.startswith("_")])
+def test_raises_scope__a_model_that_was_changed_is_refused_and_left_alone(name: str, store: Store, doc) -> None:
+    model = tiny()
+    getattr(Custom, name)(model)
+    before = [dict(module.__dict__) for module in model.modules()]
+    with pytest.raises(UnsupportedError, match=r"outside the numeric contract|cast them"):
+        store.publish(model, doc, producer="contract")
+    assert before == [dict(module.__dict__) for module in model.modules()] and store.ls() == []
+
+
+def test_raises_scope__what_comes_after_the_patch_is_noticed(store: Store, doc: list[int]) -> None:
+    model = tiny()
+    kvkern.patch(model, scope="model")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedError, match="attention is 'sdpa' on a model of scope 'model'"):
+        store.publish(model, doc, producer="contract")
+    kvkern.patch(model, scope="model")
+    model.model.layers[0].mlp.up_proj = nn.Linear(96, 96, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"up_proj has come after kvkern\.patch"):
+        store.publish(model, doc, producer="contract")
+    model.train()
+    with pytest.raises(UnsupportedError, match="training"):
+        logits(model, doc)
+
+
+def test_scope__a_copy_of_a_patched_model_computes_with_its_own_weights(doc: list[int]) -> None:
+    model = tiny()
+    kvkern.patch(model, scope="model")
+    copied, fresh = copy.deepcopy(model), tiny()
+    for changed in (copied, fresh):
+        for parameter in changed.parameters():
+            parameter.data.mul_(0.5)
+    kvkern.patch(fresh, scope="model")
+    assert differing(logits(copied, doc), logits(fresh, doc)) == 0
+    kvkern.unpatch(copied)
+    assert whole.is_entered(model), "the original stays patched"
+
+
+def test_scope__a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny(), iter(range(100))
+    strides = [parameter.stride() for parameter in model.parameters()]
+
+    def fails(weight: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 4:
+            raise MemoryError
+        return weight.t().contiguous().t()
+
+    monkeypatch.setattr(operations, "to_k_major", fails)
+    with pytest.raises(MemoryError):
+        kvkern.patch(model, scope="model")
+    assert strides == [parameter.stride() for parameter in model.parameters()]
+    assert not whole.is_entered(model) and model.config._attn_implementation == "eager"
+
+
+def test_scope__threads_that_publish_one_model_wait_for_each_other(store: Store, doc: list[int]) -> None:
+    model = tiny()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: store.publish(model, doc * 4, producer="contract").digest, range(8)))
+    assert len(set(found)) == 1 and not whole.is_entered(model)
+
+
+def test_raises_audit__another_model_and_foreign_tokens(store: Store, doc: list[int]) -> None:
+    model, other = tiny(), tiny()
+    other.model.norm.weight.data.mul_(2)
+    prefix = store.open(store.publish(model, doc, producer="contract").digest, model)
+    with pytest.raises(SpecMismatchError, match="weights"):
+        kvkern.audit(prefix, other)
+    k, v = torch.randn(2, 2, 2, 5, 32).bfloat16()
+    forged = store.open(store.put(prefix.spec, [1, 2, 70000, 3, 4], k, v).digest, model)
+    with pytest.raises(IntegrityError, match="70000 at token 2 is beyond the model's vocabulary of 64"):
+        kvkern.audit(forged, model)
+
+
+def test_match__a_contract_document_is_no_obstacle_for_other_models(store: Store, doc: list[int]) -> None:
+    store.publish(tiny(), doc, producer="contract")
+    stranger = tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert store.match([*doc, 3], stranger) is None
+
+
 # ---- tables ----
+
+
+def one_unit_off(table: RopeTable) -> RopeTable:
+    """What another mathematical library could have made."""
+    cos = table.cos.clone()
+    cos.view(torch.int16)[5, 5] ^= 1
+    return RopeTable(cos, table.sin)
+
+
+@pytest.mark.parametrize("name", ["../../victim", 5, "0" * 63, None])
+def test_rope__a_hostile_name_of_a_table_reaches_no_file(name: object, store: Store, tmp_path: Path, doc) -> None:
+    victim = tmp_path / "victim.bin"
+    victim.write_bytes(b"precious")
+    model = tiny()
+    info = {} if name is None else {"rope_table": name}
+    spec = replace(spec_of(model, producer="contract"), producer_info=info)
+    k, v = torch.randn(2, 2, 2, 5, 32).bfloat16()
+    digest = store.put(spec, [1, 2, 3, 4, 5], k, v).digest
+    with pytest.raises(LayoutError, match="64 lower-case hex digits"):
+        store.rope_table(digest)
+    assert store.verify().ok and victim.read_bytes() == b"precious"
 
 
 @needs_stock_order
@@ -165,32 +294,45 @@ def test_rope__a_host_of_another_order_takes_listed_or_given_tables_only(
 ) -> None:
     model = tiny()
     digest = store.publish(model, doc, producer="contract").digest
-    given = store.rope_table(digest)
+    given = one_unit_off(store.rope_table(digest))
     for module in (rope, operations):
         monkeypatch.setattr(module, "stock_order", lambda: Probe(False, "another order"))
     with pytest.raises(UnsupportedError, match=r"another order\. Take the publisher's: .*rope_table=store.rope_table"):
         kvkern.patch(model, scope="model")
     kvkern.patch(model, scope="model", rope_table=given)
-    with store.open(digest, model) as prefix:
+    other = store.publish(model, doc, producer="contract").digest
+    assert other != digest, "another table is another document"
+    with store.open(other, model) as prefix:
         assert kvkern.audit(prefix, model).ok, "everything in C"
     kvkern.unpatch(model)
     known = small_qwen3().model
     kvkern.patch(known, scope="model")
     kvkern.unpatch(known)
-    with pytest.raises(UnsupportedError, match="rope_table has"):
-        kvkern.patch(model, scope="model", rope_table=RopeTable(given.cos[:10], given.sin[:10]))
+    for wrong, message in (
+        (RopeTable(given.cos[:10], given.sin[:10]), r"rope_table\.cos is \(10, 16\)"),
+        (RopeTable(given.cos, given.sin.float()), r"rope_table\.sin is .* torch\.float32"),
+        (RopeTable(torch.ones_like(given.cos), torch.zeros_like(given.sin)), "Do not trust its publisher"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            kvkern.patch(model, scope="model", rope_table=wrong)
 
 
-def test_rope__another_table_is_another_spec(store: Store, doc: list[int]) -> None:
+def test_rope__another_table_is_another_spec(store: Store, doc: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     digest = store.publish(model, doc, producer="contract").digest
     table = store.rope_table(digest)
-    wrong = RopeTable(table.cos.clone(), table.sin)
-    wrong.cos.view(torch.int16)[5, 5] ^= 1
     other = tiny()
-    kvkern.patch(other, scope="model", rope_table=wrong)
+    with pytest.raises(UnsupportedError, match="1 of .* entries differ"), monkeypatch.context() as follows:
+        follows.setattr(rope, "stock_order", lambda: Probe(True, "the contract's order"))
+        kvkern.patch(other, scope="model", rope_table=one_unit_off(table))
+    for module in (rope, operations):
+        monkeypatch.setattr(module, "stock_order", lambda: Probe(False, "another order"))
+    kvkern.patch(other, scope="model", rope_table=one_unit_off(table))
     with pytest.raises(SpecMismatchError, match=rf"producer_info\.rope_table.*{table.digest}"):
         store.open(digest, other)
+    kvkern.unpatch(other)
+    kvkern.patch(other)
+    assert store.open(digest, other).tokens == len(doc), "attention alone needs no table"
     stored = store.open(digest, model).spec.producer_info
     assert stored == {"contract": CONTRACT_ID, "rope_table": table.digest, "silu_table": SILU_TABLE_SHA256}
 
