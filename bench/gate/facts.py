@@ -87,6 +87,14 @@ def _loop_ranges(code: list[tuple[str, str, str]]) -> list[tuple[int, int]]:
     return ranges
 
 
+def hot_loop(compiled: Compiled) -> tuple[int, int]:
+    """Return how many instructions the innermost loop with the most has, and how many are fused multiply-adds; SASS."""
+    code = list(_instructions(compiled.sass))
+    first, last = max(_loop_ranges(code), key=lambda loop: loop[1] - loop[0])
+    opcodes = [opcode for _, opcode, _ in code[first : last + 1]]
+    return len(opcodes), sum(opcode.startswith("FFMA") for opcode in opcodes)
+
+
 def _in_flight(code: list[tuple[str, str, str]]) -> int:
     """Walk the code in order: a load is in flight from its issue to the first use of its register."""
     waiting: dict[int, int] = {}

@@ -21,8 +21,8 @@ def model_cases(target: str) -> list[Case]:
     for rows in (1, few[0]):
         form = {"ROWS": rows, "WORDS": few[1], "UNROLL": few[2], "RUN": LINEAR_RUN_LONG}
         cases.append(Case(f"linear/few/R{rows}", linear.runs_kernel, form, few[3], fp32, aligned=SIZES))
-    form = {"ROWS": many[0], "WORDS": many[1], "RUN": LINEAR_RUN_LONG}
-    cases.append(Case("linear/many", linear_many.block_kernel, form, many[2], fp32, aligned=SIZES))
+    form = {"ROWS": many[0], "WORDS": many[1], "UNROLL": many[2], "RUN": LINEAR_RUN_LONG}
+    cases.append(Case("linear/many", linear_many.block_kernel, form, many[3], fp32, aligned=SIZES))
     halves = dict.fromkeys(("x_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "gate_ptr", "up_ptr", "table_ptr"), "i16")
     constants = {"CHANNELS": config.norm_lanes}
     cases.append(Case("norm", norm.norm_kernel, constants, config.norm_warps, halves, aligned=(*STRIDES, "width")))

@@ -129,7 +129,7 @@ class ModelConfig:
     Attributes:
         few_rows: rows up to which a Linear is bound by the weight's bytes.
         few: rows and words of two channels of a program, k loaded together, warps.
-        many: rows, a power of two, and words of a program, warps: above few_rows.
+        many: the same above few_rows; rows a power of two.
         pack_pairs: pairs of k that a program lays out for `many`.
         pack_warps: warps of that program.
         fold_words: words of two channels that a fold program takes.
@@ -144,7 +144,7 @@ class ModelConfig:
 
     few_rows: int
     few: tuple[int, int, int, int]
-    many: tuple[int, int, int]
+    many: tuple[int, int, int, int]
     pack_pairs: int
     pack_warps: int
     fold_words: int

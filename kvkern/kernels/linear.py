@@ -21,7 +21,7 @@ import triton.language as tl
 from kvkern.contract import LINEAR_LONG_ABOVE, LINEAR_RUN, LINEAR_RUN_LONG
 from kvkern.errors import LayoutError
 from kvkern.kernels.linear_many import launch_block
-from kvkern.kernels.primitives import rounded_bits, widen_high, widen_low
+from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def runs_kernel(
         even = even + (tl.zeros([WORDS], tl.float32),)
         odd = odd + (tl.zeros([WORDS], tl.float32),)
     w_ptrs = weight_ptr + first * stride_w + word
-    w = _rows(w_ptrs, inside & (word * 0 < whole), stride_w, UNROLL)
+    w = load_rows(w_ptrs, inside & (word * 0 < whole), stride_w, UNROLL)
     # Each pair is replaced by the next trip's once it is used: UNROLL k are always under way. Unrolled further, the
     # compiler would delay their loads.
     for start in range(0, whole, UNROLL):
@@ -61,10 +61,10 @@ def runs_kernel(
         upcoming = ()
         for i in tl.static_range(UNROLL // 2):
             even, odd = _add_pair(x_starts, start // 2 + i, w[2 * i], w[2 * i + 1], even, odd, ROWS)
-            upcoming = upcoming + _rows(w_ptrs + 2 * i * stride_w, has_more, stride_w, 2)
+            upcoming = upcoming + load_rows(w_ptrs + 2 * i * stride_w, has_more, stride_w, 2)
         w = upcoming
     for k in range(whole, count - 1, 2):  # what a trip does not cover; adding zeros would turn -0 into +0
-        pair = _rows(w_ptrs, inside, stride_w, 2)
+        pair = load_rows(w_ptrs, inside, stride_w, 2)
         w_ptrs += 2 * stride_w
         even, odd = _add_pair(x_starts, k // 2, pair[0], pair[1], even, odd, ROWS)
     for k in range(count - count % 2, count):  # a single last k stands alone
@@ -128,16 +128,6 @@ def _add_pair(x_starts, place, first, second, even, odd, ROWS: tl.constexpr):
 def _chain(x_first, first, x_second, second, total):
     """Add a pair to a chain, the odd element first."""
     return tl.fma(x_first, first, tl.fma(x_second, second, total))
-
-
-@triton.jit
-def _rows(ptrs, mask, stride, COUNT: tl.constexpr):
-    """Load COUNT rows of words: a tuple of tensors, so that all of the loads are under way together."""
-    words = ()
-    for i in tl.static_range(COUNT):
-        words = words + (tl.load(ptrs, mask=mask),)
-        ptrs += stride
-    return words
 
 
 def run_length(inputs: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from kvkern.kernels.primitives import widen_high, widen_low
+from kvkern.kernels.primitives import load_rows, widen_high, widen_low
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +45,14 @@ def block_kernel(
     partial_ptr,  # [runs, rows, 2, words] fp32, even channels and odd
     stride_w: tl.int64, rows: tl.int64,  # words
     inputs, words,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, RUN: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Chain ROWS rows of x and 2 * WORDS channels over one run of k."""
+    """Chain ROWS rows of x and 2 * WORDS channels over one run of k; UNROLL k of the weight are under way."""
     first_row, first = tl.program_id(0) * ROWS, tl.program_id(2) * RUN
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     inside = word < words
-    pairs = tl.minimum(inputs - first, RUN) // 2
+    count = tl.minimum(inputs - first, RUN)
+    whole = count // UNROLL * UNROLL
     x_ptr = packed_ptr + (tl.program_id(0).to(tl.int64) * ((inputs + 1) // 2) + first // 2) * ROWS
     w_ptrs = weight_ptr + first * stride_w + word
     even = ()
@@ -59,20 +60,28 @@ def block_kernel(
     for _ in tl.static_range(ROWS):
         even = even + (tl.zeros([WORDS], tl.float32),)
         odd = odd + (tl.zeros([WORDS], tl.float32),)
+    w = load_rows(w_ptrs, inside & (word * 0 < whole), stride_w, UNROLL)
     x = _x_of_pair(x_ptr, ROWS)
-    w_first, w_second = _w_of_pair(w_ptrs, stride_w, inside & (word * 0 < pairs))
-    # The next pair is on its way while this one computes; two trips in one spare the moves from next to now.
-    for pair in tl.range(0, pairs, loop_unroll_factor=2):
-        x_ptr += ROWS
+    for start in range(0, whole, UNROLL):  # x is one pair ahead; each pair of w is replaced by the next trip's
+        w_ptrs += UNROLL * stride_w
+        has_more = inside & (word * 0 + start + UNROLL < whole)
+        upcoming = ()
+        for i in tl.static_range(UNROLL // 2):
+            x_ptr += ROWS
+            next_x = _x_of_pair(x_ptr, ROWS)  # behind the last pair, what nobody uses
+            even = _add_pair(x, widen_low(w[2 * i]), widen_low(w[2 * i + 1]), even, ROWS)
+            odd = _add_pair(x, widen_high(w[2 * i]), widen_high(w[2 * i + 1]), odd, ROWS)
+            upcoming = upcoming + load_rows(w_ptrs + 2 * i * stride_w, has_more, stride_w, 2)
+            x = next_x
+        w = upcoming
+    for _ in range(whole, count - 1, 2):  # what a trip does not cover
+        pair = load_rows(w_ptrs, inside, stride_w, 2)
+        x = _x_of_pair(x_ptr, ROWS)
+        even = _add_pair(x, widen_low(pair[0]), widen_low(pair[1]), even, ROWS)
+        odd = _add_pair(x, widen_high(pair[0]), widen_high(pair[1]), odd, ROWS)
         w_ptrs += 2 * stride_w
-        next_x = _x_of_pair(x_ptr, ROWS)  # behind the last pair, what nobody uses
-        next_first, next_second = _w_of_pair(w_ptrs, stride_w, inside & (word * 0 + pair + 1 < pairs))
-        even = _add_pair(x, widen_low(w_first), widen_low(w_second), even, ROWS)
-        odd = _add_pair(x, widen_high(w_first), widen_high(w_second), odd, ROWS)
-        x = next_x
-        w_first = next_first
-        w_second = next_second
-    for _ in range(2 * pairs, tl.minimum(inputs - first, RUN)):  # a single last k stands alone
+        x_ptr += ROWS
+    for _ in range(count - count % 2, count):  # a single last k stands alone
         last = tl.load(w_ptrs, mask=inside)
         next_even = ()
         next_odd = ()
@@ -96,12 +105,6 @@ def _x_of_pair(x_ptr, ROWS: tl.constexpr):
     for r in tl.static_range(ROWS):
         x = x + (tl.load(x_ptr + r),)
     return x
-
-
-@triton.jit
-def _w_of_pair(w_ptrs, stride_w, mask):
-    """Load a pair of k of the weight."""
-    return tl.load(w_ptrs, mask=mask), tl.load(w_ptrs + stride_w, mask=mask)
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def launch_block(
     """
     rows, pairs = x.shape
     words = weight_words.shape[1]
-    block, block_words, warps = config.many
+    block, block_words, unroll, warps = config.many
     blocks = -(-rows // block)
     strict = {"enable_fp_fusion": False}
     pack_kernel[(blocks, -(-pairs // config.pack_pairs))](
@@ -145,5 +148,5 @@ def launch_block(
     )
     block_kernel[(blocks, -(-words // block_words), -(-inputs // run))](
         packed, weight_words, partial, weight_words.stride(0), rows, inputs, words,
-        ROWS=block, WORDS=block_words, RUN=run, num_warps=warps, **strict,
+        ROWS=block, WORDS=block_words, UNROLL=unroll, RUN=run, num_warps=warps, **strict,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Contract arithmetic for Triton: widening, rounding by integers, exp_c, log, order keys, strict sums.
+"""Contract arithmetic for Triton: widening, rounding by integers, exp_c, log, order keys, strict sums; loads ahead.
 
 Every operation here is one IEEE operation or integer work, so that a launch with `enable_fp_fusion=False` has the bits
 of csrc_ref/arith.h by construction. Nothing here may call `tl.exp`, `tl.dot`, `/` or a cast to bf16.
@@ -127,3 +127,13 @@ def log_n(x):
     series = 0.4 + z * series
     series = 0.6666666667 + z * series
     return exponent.to(tl.float32) * LN2 + (s + s + s * z * series)
+
+
+@triton.jit
+def load_rows(ptrs, mask, stride, COUNT: tl.constexpr):
+    """Load COUNT rows of words: a tuple of tensors, so that all of the loads are under way together."""
+    words = ()
+    for i in tl.static_range(COUNT):
+        words = words + (tl.load(ptrs, mask=mask),)
+        ptrs += stride
+    return words
