@@ -161,7 +161,9 @@ def _rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, T
             f"positions {int(position_ids.min())} to {int(position_ids.max())} are not all in the RoPE table's 0 to "
             f"{positions - 1}: the contract covers 0 .. max_position_embeddings - 1"
         )
-    return tuple(part.to(x.device)[position_ids].repeat(1, 1, 2) for part in (table.cos, table.sin))
+    if table.cos.device != x.device:
+        table = self.__dict__[_TABLE] = type(table)(table.cos.to(x.device), table.sin.to(x.device))
+    return tuple(part[position_ids].repeat(1, 1, 2) for part in (table.cos, table.sin))
 
 
 def _refuse(where: str, given: object, allowed: str) -> None:
