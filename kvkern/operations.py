@@ -1,4 +1,4 @@
-"""Contract part B, the functional API: Linear, RMSNorm, RoPE, SiLU. The one place that decides which form of each runs."""
+"""Contract part B, the functional API: Linear, RMSNorm, RoPE, SiLU. The one place that decides which form runs."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def rotary(x: Tensor, positions: Tensor, table: RopeTable, *, path: Path = "auto
 
 
 def silu(x: Tensor, *, path: Path = "auto") -> Tensor:
-    """Look silu(x) up in the contract's table (B4); x of any shape, bf16."""
+    """Look SiLU up in the contract's table (B4); x of any shape, bf16."""
     return _silu(x, None, path)
 
 
