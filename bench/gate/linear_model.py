@@ -100,9 +100,9 @@ def page(machine: Machine, config: ModelConfig) -> str:
         "does not exist.",
         "## Decode: one token a reader\n\n"
         f"{2 * (weights + head) / 1e9:.2f} GB of weights are read, {7 * LAYERS + 1} Linear in {2 * (7 * LAYERS + 1)} "
-        f"launches with {machine.boundary_s * 1e6:.1f} us behind each. A warp has {few[1].in_flight_bytes / 1e3:.1f} kB of weight under "
-        "way.",
-        "| readers | floor: bytes at peak | predicted | of that, gaps between launches | instructions a pair and warp |",
+        f"launches with {machine.boundary_s * 1e6:.1f} us behind each. A warp has "
+        f"{few[1].in_flight_bytes / 1e3:.1f} kB of weight under way.",
+        "| readers | floor: bytes at peak | predicted | of that, gaps of launches | instructions a pair and warp |",
         "|---:|---:|---:|---:|---:|",
     ]
     floor = 2 * (weights + head) / PEAK_BYTES_S
@@ -123,10 +123,11 @@ def page(machine: Machine, config: ModelConfig) -> str:
     other = LAYERS * PROMPT * elementwise_bytes() / machine.copy_bytes_s
     lines += [
         f"\n## Prefill of {PROMPT:,} tokens\n",
-        f"{flops / 1e12:.1f} TFLOP. Of the block's loop {100 * many.fmas / many.instructions:.0f} % of the instructions "
-        f"are fused multiply-adds ({many.fmas:.0f} of {many.instructions:.0f} for a pair of k), "
-        f"{many.warps_per_sm} warps fit on an SM with {many.in_flight_bytes / 1e3:.1f} kB of weight under way each, every program's weights are counted as read from L2. lm_head for one "
-        "token. Attention is not in it.\n",
+        f"{flops / 1e12:.1f} TFLOP. Of the block's loop {100 * many.fmas / many.instructions:.0f} % of the "
+        f"instructions are fused multiply-adds ({many.fmas:.0f} of {many.instructions:.0f} for a pair of k), "
+        f"{many.warps_per_sm} warps fit on an SM with {many.in_flight_bytes / 1e3:.1f} kB of weight under "
+        "way each, every program's weights are counted as read from L2. lm_head for one token. Attention is not in it."
+        "\n",
         "| floor: fp32 at peak | all Linear, predicted | of x laid out anew | norms, RoPE, SiLU, by bytes | goal |",
         "|---:|---:|---:|---:|---:|",
         f"| {flops / PEAK_FLOPS:.2f} s | **{total + packing:.2f} s** | {packing * 1e3:.1f} ms | {other * 1e3:.1f} ms | "

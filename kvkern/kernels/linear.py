@@ -64,11 +64,10 @@ def runs_kernel(
             upcoming = upcoming + load_rows(w_ptrs + 2 * i * stride_w, has_more, stride_w, 2)
         w = upcoming
     for k in range(whole, count - 1, 2):  # what a trip does not cover; adding zeros would turn -0 into +0
-        pair = load_rows(w_ptrs, inside, stride_w, 2)
-        w_ptrs += 2 * stride_w
+        pair = load_rows(weight_ptr + (first + k) * stride_w + word, inside, stride_w, 2)
         even, odd = _add_pair(x_starts, k // 2, pair[0], pair[1], even, odd, ROWS)
     for k in range(count - count % 2, count):  # a single last k stands alone
-        last = tl.load(w_ptrs, mask=inside)
+        last = tl.load(weight_ptr + (first + k) * stride_w + word, mask=inside)
         next_even = ()
         next_odd = ()
         for r in tl.static_range(ROWS):

@@ -1,8 +1,9 @@
 """The run sums of a Linear over many rows: a block of rows by channels in registers, bound by its fused multiply-adds.
 
-Every output is one chain, so there is no tl.dot: each loaded weight meets ROWS x, and each x the channels of a lane. x is
-equal for all lanes; widened and laid out once, `pack`, so that a pair of k of one row is one 64-bit load, a block's loads
-lie side by side, and the block itself widens weights alone. Bits and layout of the run sums are those of linear.py.
+Every output is one chain, so there is no tl.dot: each loaded weight meets ROWS x, and each x the channels of a lane. x
+is equal for all lanes; it is widened and laid out once, `pack`, so that a pair of k of one row is one 64-bit load, a
+block's loads lie side by side, and the block itself widens weights alone. Bits and layout of the run sums are those of
+linear.py.
 """
 
 from __future__ import annotations
@@ -74,15 +75,14 @@ def block_kernel(
             upcoming = upcoming + load_rows(w_ptrs + 2 * i * stride_w, has_more, stride_w, 2)
             x = next_x
         w = upcoming
-    for _ in range(whole, count - 1, 2):  # what a trip does not cover
-        pair = load_rows(w_ptrs, inside, stride_w, 2)
+    for k in range(whole, count - 1, 2):  # what a trip does not cover
+        pair = load_rows(weight_ptr + (first + k) * stride_w + word, inside, stride_w, 2)
         x = _x_of_pair(x_ptr, ROWS)
         even = _add_pair(x, widen_low(pair[0]), widen_low(pair[1]), even, ROWS)
         odd = _add_pair(x, widen_high(pair[0]), widen_high(pair[1]), odd, ROWS)
-        w_ptrs += 2 * stride_w
         x_ptr += ROWS
-    for _ in range(count - count % 2, count):  # a single last k stands alone
-        last = tl.load(w_ptrs, mask=inside)
+    for k in range(count - count % 2, count):  # a single last k stands alone
+        last = tl.load(weight_ptr + (first + k) * stride_w + word, mask=inside)
         next_even = ()
         next_odd = ()
         for r in tl.static_range(ROWS):
@@ -133,7 +133,7 @@ def launch_block(
         x: `[rows, in / 2]` int32, words of two k.
         weight_words: `[in, out / 2]` int32, words of two channels.
         partial: `[runs, rows, 2, words]` fp32, written.
-        packed: int64 scratch, one for every pair of k of rows rounded up to whole blocks, and one more for a block's rows.
+        packed: int64 scratch, one a pair of k and row, rows rounded up to whole blocks; and one block's rows more.
         inputs: k, which may be odd.
         run: k of one chain.
         config: how to launch; no bit depends on it.

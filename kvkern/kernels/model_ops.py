@@ -1,4 +1,4 @@
-"""The Triton kernels of contract part B as torch operators, `torch.ops.kvkern.*`: as in ops.py, they allocate nothing."""
+"""The Triton kernels of contract part B as torch operators, `torch.ops.kvkern.*`; they allocate nothing."""
 
 from __future__ import annotations
 

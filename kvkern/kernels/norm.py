@@ -2,8 +2,8 @@
 
     y = RNE16(RNE16(x / sqrt(mean(x x) + eps)) weight)
 
-The sum of squares runs over 4 x 8 lanes: each adds 16 squares in order, then the sum of these to what it has, and so on;
-then the 4 groups are added in order, then the 8 lanes in order. Bits depend on the row, the weight and eps alone.
+The sum of squares runs over 4 x 8 lanes: each adds 16 squares in order, then their sum to what it has, and so on; then
+the 4 groups are added in order, then the 8 lanes in order. Bits depend on the row, the weight and eps alone.
 Lanes are taken out one by one with sums of which all terms but one are +0, so the order of the reduction is free.
 Critical path: width / 32 dependent adds.
 """

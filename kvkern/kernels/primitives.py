@@ -133,7 +133,7 @@ def log_n(x):
 def load_rows(ptrs, mask, stride, COUNT: tl.constexpr):
     """Load COUNT rows of words: a tuple of tensors, so that all of the loads are under way together."""
     words = ()
-    for i in tl.static_range(COUNT):
+    for _ in tl.static_range(COUNT):
         words = words + (tl.load(ptrs, mask=mask),)
         ptrs += stride
     return words

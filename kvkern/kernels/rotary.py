@@ -2,7 +2,7 @@
 
     RNE16(RNE16(x cos) + RNE16(rot(x) sin)),  rot(x) = (-x[D/2:], x[:D/2])
 
-Bits depend on a head's channels and its token's position alone. A position outside the table gives NaN in every channel.
+Bits depend on a head's channels and its token's position alone. A position outside the table gives NaN everywhere.
 """
 
 from __future__ import annotations

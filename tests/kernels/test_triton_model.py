@@ -23,8 +23,8 @@ NAN = float("nan")
 # No bit may depend on any of these: rows, channels and k of a program, a trip that does not divide a run, the form.
 CONFIGS = {
     "shipped": BASE,
-    "narrow": replace(BASE, few=(1, 8, 6, 1), many=(2, 16, 2, 1), pack_pairs=4, fold_words=16, fold_runs=1, norm_lanes=64,
-                      activation_lanes=128),
+    "narrow": replace(BASE, few=(1, 8, 6, 1), many=(2, 16, 2, 1), pack_pairs=4, fold_words=16, fold_runs=1,
+                      norm_lanes=64, activation_lanes=128),
     "many": replace(BASE, few_rows=0, many=(8, 32, 10, 1), fold_words=64, fold_runs=2, norm_lanes=4096),
 }  # fmt: skip
 PLANTED = 2.0**20
