@@ -1,1 +1,1 @@
-"""The C door, and later the Triton kernels. Knows tensors; knows neither the store nor transformers."""
+"""The Triton kernels and the doors to the C reference. Knows tensors; knows neither the store nor transformers."""

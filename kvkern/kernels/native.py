@@ -272,7 +272,7 @@ def require_cpu(tensor: Tensor) -> None:
     """
     if tensor.device.type != "cpu":
         raise UnsupportedError(
-            f"a tensor on {tensor.device}: this version runs on a CPU only, move model and inputs there"
+            f"a tensor on {tensor.device}: C runs on a CPU only, move it there or take another backend or path"
         )
 
 
