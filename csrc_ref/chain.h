@@ -32,7 +32,7 @@ ALWAYS_INLINE void chain_fixed(const int rows, const int lanes, float *const *ac
         for (int second = 1; second >= 0; second--) { /* the odd row of a pair goes first */
             const lane_pair *m = (const lane_pair *)(matrix + (pair + second) * stride);
             for (int byte = 0; byte < 2 * lanes; byte += CACHE_LINE_BYTES)
-                __builtin_prefetch((const char *)(upcoming + (pair + second) * stride) + byte, 0, 0);
+                __builtin_prefetch((const char *)(upcoming + (pair + second) * stride) + byte, 0, 1);
             float wide_even[TILE_TOKENS / 2], wide_odd[TILE_TOKENS / 2];
             for (int i = 0; i < half; i++) wide_even[i] = from_bits(m[i] << 16);
             for (int i = 0; i < half; i++) wide_odd[i] = from_bits(m[i] & 0xffff0000u);

@@ -9,9 +9,10 @@
 
 #define LANES TILE_TOKENS
 #define BAND_LANES 4096 /* of all rows: their accumulators stay in the first-level cache */
-#define STEP 8          /* weight rows between a load of the accumulators and a store */
-#define LINE_PAIRS (CACHE_LINE_BYTES / 4)
-#define SLAB_ROWS 256   /* rows that share one copy of a panel */
+#define LINE_LANES (CACHE_LINE_BYTES / 2)
+#define STEP 8   /* weight rows between a load of the accumulators and a store */
+#define AHEAD 16 /* weight rows from those that are added to those that are fetched meanwhile */
+#define SLAB_ROWS 256 /* rows that share one copy of a panel */
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t run_length(int64_t in) { return in <= LINEAR_LONG_ABOVE ? LINEAR_RUN : LINEAR_RUN_LONG; }
@@ -24,22 +25,23 @@ static uint16_t rounded(float value) { return value == value ? rne16(value) : BF
         o = fmaf(x[j], from_bits(w & 0xffff0000u), o);                                          \
     }
 #define ADD_PAIR(j) ADD((j) + 1) ADD(j) /* the odd row of a pair goes first */
-#define ADD_LOOP(AHEAD, ROWS) /* AHEAD: weight rows that are fetched meanwhile, to be read once */    \
-    for (int64_t line = 0; line < half; line += LINE_PAIRS) {                                         \
-        for (int row = 0; row < AHEAD; row++)                                                         \
-            __builtin_prefetch((const lane_pair *)(weight + (STEP + row) * stride) + line, 0, 0);     \
-        for (int64_t i = line; i < line + LINE_PAIRS; i++) {                                          \
-            float e = even[i], o = odd[i];                                                            \
-            ROWS                                                                                      \
-            even[i] = e;                                                                              \
-            odd[i] = o;                                                                               \
-        }                                                                                             \
+#define ADD_LOOP(FETCHED, ROWS) /* FETCHED: rows to fetch, into the second-level cache, since they are read once */ \
+    for (int64_t line = 0; line < half; line += LINE_LANES / 2) {                                                  \
+        for (int row = 0; row < FETCHED; row++)                                                                    \
+            __builtin_prefetch((const lane_pair *)(weight + (AHEAD + row) * stride) + line, 0, 1);                 \
+        for (int64_t i = line; i < line + LINE_LANES / 2; i++) {                                                   \
+            float e = even[i], o = odd[i];                                                                         \
+            ROWS                                                                                                   \
+            even[i] = e;                                                                                           \
+            odd[i] = o;                                                                                            \
+        }                                                                                                          \
     }
 
-/* acc += x times up to STEP of the `left` weight rows, lanes split as in chain.h; returns how many were added. */
-static int64_t add_rows(int64_t left, const float *x, const uint16_t *weight, int64_t stride, int64_t half, float *restrict even,
-                        float *restrict odd) {
-    if (left >= 2 * STEP) {
+/* acc += x times up to STEP of the run's `left` weight rows, lanes split as in chain.h; returns how many were added.
+ * `follow`: rows that follow in the weight, of this run and the later ones. */
+static int64_t add_rows(int64_t left, int64_t follow, const float *x, const uint16_t *weight, int64_t stride, int64_t half,
+                        float *restrict even, float *restrict odd) {
+    if (left >= STEP && follow >= AHEAD + STEP) {
         ADD_LOOP(STEP, ADD_PAIR(0) ADD_PAIR(2) ADD_PAIR(4) ADD_PAIR(6))
         return STEP;
     }
@@ -55,24 +57,23 @@ static int64_t add_rows(int64_t left, const float *x, const uint16_t *weight, in
     return 1;
 }
 
-/* 1 to MAX_ROWS rows, whole units of lanes. */
-static void band(const kv_linear_call *call, const float *x, int64_t first, int64_t lanes) {
-    float acc[2][BAND_LANES], total[2][BAND_LANES]; /* each: even lanes of every row, then odd lanes */
-    const int64_t half = lanes / 2, run = run_length(call->in), in = call->in, stride = call->stride_w;
-    for (int64_t start = 0; start < in; start += run) {
-        const int64_t end = min_of(start + run, in);
-        const uint16_t *weight = call->weight + first;
-        for (int odd = 0; odd < 2; odd++) memset(acc[odd], 0, (size_t)(call->rows * half) * sizeof(float));
-        for (int64_t k = start, step = 0; k < end; k += step)
-            for (int64_t row = 0; row < call->rows; row++)
-                step = add_rows(end - k, x + row * in + k, weight + k * stride, stride, half, acc[0] + row * half, acc[1] + row * half);
-        for (int64_t i = 0; i < call->rows * half; i++)
-            for (int odd = 0; odd < 2; odd++) total[odd][i] = start ? total[odd][i] + acc[odd][i] : acc[odd][i];
-    }
+/* The sums of the run that starts at `start`, of 1 to MAX_ROWS rows and whole lines of lanes: even lanes of every row, then odd. */
+static void run_sums(const kv_linear_call *call, const float *x, int64_t first, int64_t lanes, int64_t start, float *sums) {
+    const int64_t half = lanes / 2, in = call->in, stride = call->stride_w, end = min_of(start + run_length(in), in);
+    float *even = sums, *odd = sums + call->rows * half;
+    memset(sums, 0, (size_t)(call->rows * lanes) * sizeof(float));
+    for (int64_t k = start, step = 0; k < end; k += step)
+        for (int64_t row = 0; row < call->rows; row++)
+            step = add_rows(end - k, in - k, x + row * in + k, call->weight + k * stride + first, stride, half, even + row * half,
+                            odd + row * half);
+}
+
+static void store(const kv_linear_call *call, int64_t first, int64_t lanes, const float *total) {
+    const int64_t half = lanes / 2;
     for (int64_t row = 0; row < call->rows; row++)
         for (int64_t i = 0; i < half; i++)
             for (int odd = 0; odd < 2; odd++)
-                call->y[row * call->stride_y + first + 2 * i + odd] = rounded(total[odd][row * half + i]);
+                call->y[row * call->stride_y + first + 2 * i + odd] = rounded(total[(odd * call->rows + row) * half + i]);
 }
 
 /* What a thread needs for panels; too much for a small stack. */
@@ -81,11 +82,11 @@ typedef struct {
     float total[SLAB_ROWS][LANES];
 } panel_space;
 
-/* Any number of rows up to SLAB_ROWS, the lanes of one unit. */
-static void panel(const kv_linear_call *call, panel_space *space, const float *x, int64_t row_begin, int64_t rows, int64_t unit) {
+/* Any number of rows up to SLAB_ROWS, the lanes first .. first + lanes - 1, at most LANES. */
+static void panel(const kv_linear_call *call, panel_space *space, const float *x, int64_t row_begin, int64_t rows, int64_t first) {
     uint16_t *copy = space->copy;
     float(*total)[LANES] = space->total;
-    const int64_t run = run_length(call->in), in = call->in, first = unit * LANES;
+    const int64_t run = run_length(call->in), in = call->in;
     const int64_t lanes = min_of(LANES, call->out - first);
     memset(copy, 0, sizeof space->copy);
     for (int64_t start = 0; start < in; start += run) {
@@ -111,17 +112,72 @@ static void panel(const kv_linear_call *call, panel_space *space, const float *x
             call->y[(row_begin + row) * call->stride_y + first + lane] = rounded(total[row][lane]);
 }
 
-int64_t kv_linear_scratch_bytes(const kv_linear_call *call) {
-    return call->num_threads * (int64_t)sizeof(panel_space) + min_of(call->rows, SLAB_ROWS) * call->in * (int64_t)sizeof(float);
+static void widen_rows(const kv_linear_call *call, int64_t first, int64_t rows, float *x) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < call->in; k++) x[row * call->in + k] = widen(call->x[(first + row) * call->stride_x + k]);
 }
 
-void kv_linear(const kv_linear_call *call) {
-    const int64_t units = (call->out + LANES - 1) / LANES, threads = call->num_threads;
-    const int64_t whole = call->rows <= MAX_ROWS ? call->out / LANES : 0; /* units that go in bands */
-    const int64_t most = call->rows <= MAX_ROWS ? BAND_LANES / LANES / MAX_ROWS * (MAX_ROWS / call->rows) : 1;
-    const int64_t share = whole ? min_of((whole + threads - 1) / threads, most) : 1;
-    panel_space *spaces = call->scratch;
-    float *x = (float *)(spaces + threads);
+/* How a few rows go: in bands of `lanes`, their runs one after the other, or apart where there are many. What is left of a line
+ * of lanes at the end of the weight's rows goes as a panel. */
+typedef struct {
+    int64_t runs, apart, whole, lanes, bands;
+} few_plan;
+
+static few_plan plan_few(const kv_linear_call *call) {
+    const int64_t runs = (call->in + run_length(call->in) - 1) / run_length(call->in), lines = call->out / LINE_LANES;
+    const int64_t apart = call->in > LINEAR_LONG_ABOVE; /* then a thread reads whole rows of the weight, one after the other */
+    const int64_t team = apart ? 1 : call->num_threads, most = team * (BAND_LANES / LINE_LANES / call->rows);
+    const int64_t bands = (lines + most - 1) / most * team, share = bands ? (lines + bands - 1) / bands : 1;
+    return (few_plan){runs, apart, lines * LINE_LANES, share * LINE_LANES, (lines + share - 1) / share};
+}
+
+static void few_rows(const kv_linear_call *call, panel_space *spaces, float *widened) {
+    const few_plan plan = plan_few(call);
+    const int64_t run = run_length(call->in), size = call->rows * plan.lanes, items = plan.bands * (plan.apart ? plan.runs : 1);
+    float *sums = widened + call->num_threads * call->rows * call->in; /* [runs, bands, size], where runs go apart */
+    int64_t taken = 0;
+#pragma omp parallel num_threads((int)call->num_threads) if (call->num_threads > 1)
+    {
+        int64_t mine;
+#pragma omp atomic capture
+        mine = taken++;
+        float *x = widened + mine * call->rows * call->in;
+        widen_rows(call, 0, call->rows, x);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t item = 0; item < items + (plan.whole < call->out); item++) {
+            if (item == items) {
+                panel(call, &spaces[mine], x, 0, call->rows, plan.whole);
+                continue;
+            }
+            const int64_t first = item % plan.bands * plan.lanes, lanes = min_of(plan.lanes, plan.whole - first);
+            float total[BAND_LANES], next[BAND_LANES];
+            if (plan.apart) {
+                run_sums(call, x, first, lanes, item / plan.bands * run, sums + item * size);
+            } else {
+                run_sums(call, x, first, lanes, 0, total);
+                for (int64_t start = run; start < call->in; start += run) {
+                    run_sums(call, x, first, lanes, start, next);
+                    for (int64_t i = 0; i < call->rows * lanes; i++) total[i] += next[i];
+                }
+                store(call, first, lanes, total);
+            }
+        }
+        if (plan.apart) {
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t band = 0; band < plan.bands; band++) {
+                const int64_t lanes = min_of(plan.lanes, plan.whole - band * plan.lanes);
+                float *total = sums + band * size;
+                for (int64_t item = band + plan.bands; item < items; item += plan.bands)
+                    for (int64_t i = 0; i < call->rows * lanes; i++) total[i] += sums[item * size + i];
+                store(call, band * plan.lanes, lanes, total);
+            }
+        }
+    }
+}
+
+static void many_rows(const kv_linear_call *call, panel_space *spaces, float *widened) {
+    const int64_t threads = call->num_threads;
     for (int64_t first = 0; first < call->rows; first += SLAB_ROWS) {
         const int64_t rows = min_of(SLAB_ROWS, call->rows - first);
         int64_t taken = 0;
@@ -131,13 +187,24 @@ void kv_linear(const kv_linear_call *call) {
 #pragma omp atomic capture
             mine = taken++;
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t k = 0; k < call->in; k++) x[row * call->in + k] = widen(call->x[(first + row) * call->stride_x + k]);
-#pragma omp for schedule(dynamic) nowait
-            for (int64_t unit = 0; unit < whole; unit += share)
-                band(call, x, unit * LANES, min_of(share, whole - unit) * LANES);
+            for (int64_t row = 0; row < rows; row++) widen_rows(call, first + row, 1, widened + row * call->in);
 #pragma omp for schedule(dynamic)
-            for (int64_t unit = whole; unit < units; unit++) panel(call, &spaces[mine], x, first, rows, unit);
+            for (int64_t lane = 0; lane < call->out; lane += LANES) panel(call, &spaces[mine], widened, first, rows, lane);
         }
     }
+}
+
+int64_t kv_linear_scratch_bytes(const kv_linear_call *call) {
+    int64_t floats = min_of(call->rows, SLAB_ROWS) * call->in;
+    if (call->rows <= MAX_ROWS) {
+        const few_plan plan = plan_few(call);
+        floats = call->rows * (call->num_threads * call->in + (plan.apart ? plan.runs * plan.bands * plan.lanes : 0));
+    }
+    return call->num_threads * (int64_t)sizeof(panel_space) + floats * (int64_t)sizeof(float);
+}
+
+void kv_linear(const kv_linear_call *call) {
+    panel_space *spaces = call->scratch;
+    float *widened = (float *)(spaces + call->num_threads);
+    (call->rows <= MAX_ROWS ? few_rows : many_rows)(call, spaces, widened);
 }

@@ -116,8 +116,13 @@ LINEAR_TWINS = {
     "long runs from 512": ("contract.h", "#define LINEAR_LONG_ABOVE 1024", "#define LINEAR_LONG_ABOVE 512"),
     "one chain over all": (
         "linear.c",
-        "for (int odd = 0; odd < 2; odd++) memset(acc",
-        "for (int odd = 0; odd < 2 && !start; odd++) memset(acc",
+        "end = min_of(start + run_length(in), in);",
+        "end = start ? start : in;",
+    ),
+    "last run first": (
+        "linear.c",
+        "item / plan.bands * run, sums + item * size",
+        "item / plan.bands * run, sums + ((plan.runs - 1 - item / plan.bands) * plan.bands + item % plan.bands) * size",
     ),
     "truncated": ("arith.h", "bits += 0x7fffu + ((bits >> 16) & 1u);\n    return (uint16_t)", "return (uint16_t)"),
 }  # fmt: skip
