@@ -74,10 +74,15 @@ static void scratch_need(const kv_attention *call, int64_t *fixed, int64_t *per_
     *per_query = rows;
 }
 
-int64_t kv_attend_scratch_bytes(const kv_attention *call, int64_t query_rows) {
+/* Query positions of every reader that are computed at once. */
+static int64_t slice_queries(const kv_attention *call, int64_t fixed, int64_t per_query) {
+    return max_of(1, min_of(call->max_query_len, (call->scratch_bound_bytes - fixed) / max_of(per_query, 1)));
+}
+
+int64_t kv_attend_scratch_bytes(const kv_attention *call) {
     int64_t fixed, per_query;
     scratch_need(call, &fixed, &per_query);
-    return fixed + per_query * query_rows;
+    return fixed + per_query * slice_queries(call, fixed, per_query);
 }
 
 static int by_prefix_and_run(const void *left, const void *right) {
@@ -343,12 +348,13 @@ int kv_attend(const kv_attention *call) {
     scratch_need(call, &fixed, &per_query);
     if (call->num_readers == 0 || call->max_query_len == 0) return KVKERN_OK;
     clear_padding(call);
-    const int64_t fit = (call->scratch_bytes - fixed) / max_of(per_query, 1);
-    if (fit < 1) return KVKERN_SCRATCH_TOO_SMALL;
+    const int64_t fit = slice_queries(call, fixed, per_query);
+    void *scratch = malloc((size_t)kv_attend_scratch_bytes(call));
+    if (!scratch) return KVKERN_NO_MEMORY;
     for (int64_t first = 0; first < call->max_query_len; first += fit) {
         slice_plan plan = {.call = call, .first_query = first, .end_query = min_of(first + fit, call->max_query_len),
                            .group = call->num_q_heads / call->num_kv_heads};
-        char *free_space = call->scratch;
+        char *free_space = scratch;
         int64_t spans = 0;
         for (int64_t b = 0; b < call->num_readers; b++) spans += ceil_div(keys_of(call, b), TILE_TOKENS) / SPAN_TILES + 2;
         plan.readers = carve(&free_space, call->num_readers * (int64_t)sizeof(reader_plan));
@@ -359,6 +365,7 @@ int kv_attend(const kv_attention *call) {
         plan_spans(&plan);
         run_slice(&plan);
     }
+    free(scratch);
     return KVKERN_OK;
 }
 

@@ -17,7 +17,7 @@
 typedef uint32_t __attribute__((may_alias, aligned(2))) lane_pair;
 
 /* acc[r][lane] = chain over `count` matrix rows, starting from acc. `rows` and `lanes` are compile-time constants.
- * Meanwhile the matrix at `upcoming`, of the same form, is fetched, to be read once (locality 0). */
+ * Meanwhile the matrix at `upcoming`, of the same form, is fetched into the second-level cache. */
 ALWAYS_INLINE void chain_fixed(const int rows, const int lanes, float *const *acc, const float *const *x,
                                const uint16_t *matrix, int64_t stride, int64_t count, const uint16_t *upcoming) {
     const int half = lanes / 2;

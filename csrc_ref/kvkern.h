@@ -4,10 +4,10 @@
 
 #include <stdint.h>
 
-#define KVKERN_ABI 2
+#define KVKERN_ABI 3
 
 /* Status codes. */
-enum { KVKERN_OK = 0, KVKERN_SCRATCH_TOO_SMALL = 1 };
+enum { KVKERN_OK = 0, KVKERN_NO_MEMORY = 1 };
 
 /* One attention call of one layer. Strides and offsets count bf16 elements; the innermost axis of q, out and tiles is dense.
  *
@@ -36,12 +36,12 @@ typedef struct {
 
     float sm_scale;
     int64_t key_run; /* 512, 1024, or 0 for stock's rule */
-    void *scratch;
-    int64_t scratch_bytes, num_threads;
+    int64_t scratch_bound_bytes, num_threads;
 } kv_attention;
 
-/* Bytes of scratch for `query_rows` query positions of every reader at once; kv_attend splits max_query_len to fit. */
-int64_t kv_attend_scratch_bytes(const kv_attention *call, int64_t query_rows);
+/* Bytes that kv_attend takes while it runs: it splits max_query_len to stay under scratch_bound_bytes, or takes what one query
+ * position of every reader needs, if that is more. */
+int64_t kv_attend_scratch_bytes(const kv_attention *call);
 int kv_attend(const kv_attention *call);
 
 /* Token-major K and V of new tokens, to be written into suffix tiles. Reader b's last count[b] of max_count tokens go to
@@ -66,12 +66,10 @@ typedef struct {
     int64_t stride_w;
     uint16_t *y; /* [rows, out] */
     int64_t stride_y;
-    void *scratch; /* kv_linear_scratch_bytes, aligned like floats */
     int64_t num_threads;
 } kv_linear_call;
 
-int64_t kv_linear_scratch_bytes(const kv_linear_call *call);
-void kv_linear(const kv_linear_call *call);
+int kv_linear(const kv_linear_call *call);
 
 /* y = RNE16(RNE16(x / rms(x)) weight) (B2), width a multiple of 32 under 8,192. */
 void kv_rms_norm(const uint16_t *x, int64_t stride_x, const uint16_t *weight, float eps, uint16_t *y, int64_t stride_y, int64_t rows,

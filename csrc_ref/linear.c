@@ -1,80 +1,14 @@
 /* Linear under the contract (B1): y = RNE16 of run sums; a run is one chain over its k; run sums are added left to right.
  *
  * The weight lies k-major, [in][out]: output channels are lanes, as keys are in a K tile. A few rows go over bands of the
- * weight, every byte of it read once and in the order of memory; many rows go over panels of 64 channels, copied together
- * once and then read from the cache.
+ * weight (bands.h); many rows go over panels of 64 channels, copied together once and then read from the cache.
  */
-#include "chain.h"
-#include "kvkern.h"
+#include <stdlib.h>
+
+#include "bands.h"
 
 #define LANES TILE_TOKENS
-#define BAND_LANES 4096 /* of all rows: their accumulators stay in the first-level cache */
-#define LINE_LANES (CACHE_LINE_BYTES / 2)
-#define STEP 8   /* weight rows between a load of the accumulators and a store */
-#define AHEAD 16 /* weight rows from those that are added to those that are fetched meanwhile */
 #define SLAB_ROWS 256 /* rows that share one copy of a panel */
-
-static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t run_length(int64_t in) { return in <= LINEAR_LONG_ABOVE ? LINEAR_RUN : LINEAR_RUN_LONG; }
-static uint16_t rounded(float value) { return value == value ? rne16(value) : BF16_NAN; }
-
-#define ADD(j)                                                                                  \
-    {                                                                                           \
-        const lane_pair w = ((const lane_pair *)(weight + (j) * stride))[i];                    \
-        e = fmaf(x[j], from_bits(w << 16), e);                                                  \
-        o = fmaf(x[j], from_bits(w & 0xffff0000u), o);                                          \
-    }
-#define ADD_PAIR(j) ADD((j) + 1) ADD(j) /* the odd row of a pair goes first */
-#define ADD_LOOP(FETCHED, ROWS) /* FETCHED: rows to fetch, into the second-level cache, since they are read once */ \
-    for (int64_t line = 0; line < half; line += LINE_LANES / 2) {                                                  \
-        for (int row = 0; row < FETCHED; row++)                                                                    \
-            __builtin_prefetch((const lane_pair *)(weight + (AHEAD + row) * stride) + line, 0, 1);                 \
-        for (int64_t i = line; i < line + LINE_LANES / 2; i++) {                                                   \
-            float e = even[i], o = odd[i];                                                                         \
-            ROWS                                                                                                   \
-            even[i] = e;                                                                                           \
-            odd[i] = o;                                                                                            \
-        }                                                                                                          \
-    }
-
-/* acc += x times up to STEP of the run's `left` weight rows, lanes split as in chain.h; returns how many were added.
- * `follow`: rows that follow in the weight, of this run and the later ones. */
-static int64_t add_rows(int64_t left, int64_t follow, const float *x, const uint16_t *weight, int64_t stride, int64_t half,
-                        float *restrict even, float *restrict odd) {
-    if (left >= STEP && follow >= AHEAD + STEP) {
-        ADD_LOOP(STEP, ADD_PAIR(0) ADD_PAIR(2) ADD_PAIR(4) ADD_PAIR(6))
-        return STEP;
-    }
-    if (left >= STEP) {
-        ADD_LOOP(0, ADD_PAIR(0) ADD_PAIR(2) ADD_PAIR(4) ADD_PAIR(6))
-        return STEP;
-    }
-    if (left >= 2) {
-        ADD_LOOP(0, ADD_PAIR(0))
-        return 2;
-    }
-    ADD_LOOP(0, ADD(0))
-    return 1;
-}
-
-/* The sums of the run that starts at `start`, of 1 to MAX_ROWS rows and whole lines of lanes: even lanes of every row, then odd. */
-static void run_sums(const kv_linear_call *call, const float *x, int64_t first, int64_t lanes, int64_t start, float *sums) {
-    const int64_t half = lanes / 2, in = call->in, stride = call->stride_w, end = min_of(start + run_length(in), in);
-    float *even = sums, *odd = sums + call->rows * half;
-    memset(sums, 0, (size_t)(call->rows * lanes) * sizeof(float));
-    for (int64_t k = start, step = 0; k < end; k += step)
-        for (int64_t row = 0; row < call->rows; row++)
-            step = add_rows(end - k, in - k, x + row * in + k, call->weight + k * stride + first, stride, half, even + row * half,
-                            odd + row * half);
-}
-
-static void store(const kv_linear_call *call, int64_t first, int64_t lanes, const float *total) {
-    const int64_t half = lanes / 2;
-    for (int64_t row = 0; row < call->rows; row++)
-        for (int64_t i = 0; i < half; i++)
-            for (int odd = 0; odd < 2; odd++)
-                call->y[row * call->stride_y + first + 2 * i + odd] = rounded(total[(odd * call->rows + row) * half + i]);
-}
 
 /* What a thread needs for panels; too much for a small stack. */
 typedef struct {
@@ -129,6 +63,12 @@ static few_plan plan_few(const kv_linear_call *call) {
     const int64_t team = apart ? 1 : call->num_threads, most = team * (BAND_LANES / LINE_LANES / call->rows);
     const int64_t bands = (lines + most - 1) / most * team, share = bands ? (lines + bands - 1) / bands : 1;
     return (few_plan){runs, apart, lines * LINE_LANES, share * LINE_LANES, (lines + share - 1) / share};
+}
+
+/* x, widened by every thread, and the run sums where runs go apart. */
+static int64_t few_floats(const kv_linear_call *call) {
+    const few_plan plan = plan_few(call);
+    return call->rows * (call->num_threads * call->in + (plan.apart ? plan.runs * plan.bands * plan.lanes : 0));
 }
 
 static void few_rows(const kv_linear_call *call, panel_space *spaces, float *widened) {
@@ -194,17 +134,12 @@ static void many_rows(const kv_linear_call *call, panel_space *spaces, float *wi
     }
 }
 
-int64_t kv_linear_scratch_bytes(const kv_linear_call *call) {
-    int64_t floats = min_of(call->rows, SLAB_ROWS) * call->in;
-    if (call->rows <= MAX_ROWS) {
-        const few_plan plan = plan_few(call);
-        floats = call->rows * (call->num_threads * call->in + (plan.apart ? plan.runs * plan.bands * plan.lanes : 0));
-    }
-    return call->num_threads * (int64_t)sizeof(panel_space) + floats * (int64_t)sizeof(float);
-}
-
-void kv_linear(const kv_linear_call *call) {
-    panel_space *spaces = call->scratch;
-    float *widened = (float *)(spaces + call->num_threads);
-    (call->rows <= MAX_ROWS ? few_rows : many_rows)(call, spaces, widened);
+int kv_linear(const kv_linear_call *call) {
+    const int is_few = call->rows <= MAX_ROWS;
+    const int64_t floats = is_few ? few_floats(call) : min_of(call->rows, SLAB_ROWS) * call->in;
+    panel_space *spaces = malloc((size_t)call->num_threads * sizeof *spaces + (size_t)floats * sizeof(float));
+    if (!spaces) return KVKERN_NO_MEMORY;
+    (is_few ? few_rows : many_rows)(call, spaces, (float *)(spaces + call->num_threads));
+    free(spaces);
+    return KVKERN_OK;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -53,6 +55,31 @@ class KVView:
     num_layers: int = 1
     layer: int = 0
     block_tiles: int = 4
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out `native_keys`: a copy has other addresses."""
+        return {name: value for name, value in vars(self).items() if name != "native_keys"}
+
+    @property
+    def stride_tile(self) -> int:
+        """Elements between neighbouring tiles of a block."""
+        return self.num_layers * math.prod(self.suffix_k.shape[1::2]) * TILE_TOKENS
+
+    @property
+    def layer_offset(self) -> int:
+        """Elements from a tile's start to the first KV head of this layer."""
+        return self.layer * math.prod(self.suffix_k.shape[1::2]) * TILE_TOKENS
+
+    @functools.cached_property
+    def native_keys(self) -> bytes:
+        """What C must know of this view, put together once; lengths may still change in place."""
+        return native.attention_keys(
+            pool=self.pool, block_table=self.block_table, block_tiles=self.block_tiles,
+            stride_tile=self.stride_tile, layer_offset=self.layer_offset,
+            prefix_len=self.prefix_len, reader_prefix=self.reader_prefix,
+            suffix_len=self.suffix_len, query_len=self.query_len,
+            suffix_k=self.suffix_k, suffix_v=self.suffix_v,
+        )  # fmt: skip
 
     @classmethod
     def from_dense(cls, k: Tensor, v: Tensor, *, lens: Tensor | None = None, query_len: Tensor | int = 1) -> KVView:
@@ -285,14 +312,13 @@ def launch(
     workspace: Tensor | None = None,
 ) -> None:
     """Run a call that has been validated: the hot path of the model patch. Arguments as in `prefix_attention`."""
-    layer_size = kv.suffix_k.shape[1] * q.shape[3] * TILE_TOKENS
     if profile == "fast":
         from kvkern.kernels import ops
 
         ops.fast_attention(
             q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
             kv.suffix_k, kv.suffix_v, out, lse, fast_workspace(q, kv) if workspace is None else workspace,
-            kv.block_tiles, kv.num_layers * layer_size, kv.layer * layer_size,
+            kv.block_tiles, kv.stride_tile, kv.layer_offset,
             q.shape[3] ** -0.5 if sm_scale is None else sm_scale,
         )  # fmt: skip
         return
@@ -303,29 +329,14 @@ def launch(
         ops.exact_attention(
             q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
             kv.suffix_k, kv.suffix_v, out, lse, torch.empty(need, dtype=torch.uint8, device=q.device),
-            kv.block_tiles, kv.num_layers * layer_size, kv.layer * layer_size,
+            kv.block_tiles, kv.stride_tile, kv.layer_offset,
             q.shape[3] ** -0.5 if sm_scale is None else sm_scale, 0 if key_run == "stock" else key_run,
         )  # fmt: skip
         return
     native.attend(
-        q,
-        out,
-        lse,
-        pool=kv.pool,
-        block_table=kv.block_table,
-        block_tiles=kv.block_tiles,
-        stride_tile=kv.num_layers * layer_size,
-        layer_offset=kv.layer * layer_size,
-        prefix_len=kv.prefix_len,
-        reader_prefix=kv.reader_prefix,
-        suffix_len=kv.suffix_len,
-        query_len=kv.query_len,
-        suffix_k=kv.suffix_k,
-        suffix_v=kv.suffix_v,
-        sm_scale=q.shape[3] ** -0.5 if sm_scale is None else sm_scale,
-        key_run=0 if key_run == "stock" else key_run,
-        scratch_bound_bytes=scratch_bound_bytes,
-    )
+        kv.native_keys, q, out, lse, sm_scale=q.shape[3] ** -0.5 if sm_scale is None else sm_scale,
+        key_run=0 if key_run == "stock" else key_run, scratch_bound_bytes=scratch_bound_bytes,
+    )  # fmt: skip
 
 
 def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:

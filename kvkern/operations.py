@@ -272,8 +272,9 @@ def _table_on(device: torch.device) -> Tensor:
 
 
 def _require_one_device(**tensors: Tensor) -> None:
-    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
+    first, *others = tensors.values()
+    if any(other.device != first.device for other in others):
+        devices = {name: str(tensor.device) for name, tensor in tensors.items()}
         raise LayoutError(f"all arguments must be on one device, got {devices}")
 
 

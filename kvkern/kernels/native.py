@@ -25,7 +25,7 @@ from torch import Tensor
 from kvkern.environment import c_compiler, user_cache
 from kvkern.errors import LayoutError, UnsupportedError
 
-ABI = 2
+ABI = 3
 SCRATCH_BOUND_BYTES = 64 << 20
 """Scratch of one call stays under this, or under what a single query position of all readers needs, if that is more."""
 
@@ -52,8 +52,7 @@ class AttentionCall(ctypes.Structure):
         *((name, _int64) for name in ("stride_sb", "stride_sh", "stride_st")),
         ("sm_scale", ctypes.c_float),
         ("key_run", _int64),
-        ("scratch", _pointer),
-        *((name, _int64) for name in ("scratch_bytes", "num_threads")),
+        *((name, _int64) for name in ("scratch_bound_bytes", "num_threads")),
     ]
 
 
@@ -163,25 +162,21 @@ def load_library(path: Path) -> ctypes.CDLL:
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
     lib = ctypes.CDLL(str(path))
     lib.kv_attend_scratch_bytes.restype = lib.kv_abi.restype = _int64
-    lib.kv_attend_scratch_bytes.argtypes = [_pointer, _int64]
+    lib.kv_attend_scratch_bytes.argtypes = [_pointer]
     lib.kv_contract_id.restype = ctypes.c_char_p
     lib.kv_attend.argtypes = lib.kv_append.argtypes = [_pointer]
     lib.kv_exp.argtypes = lib.kv_round16.argtypes = [_pointer, _pointer, _int64]
-    lib.kv_linear_scratch_bytes.restype, lib.kv_linear_scratch_bytes.argtypes = _int64, [_pointer]
     lib.kv_linear.argtypes = [_pointer]
     lib.kv_rms_norm.argtypes = [_pointer, _int64, _pointer, ctypes.c_float, _pointer, *[_int64] * 3]
     lib.kv_silu.argtypes = [*[_pointer] * 4, _int64]
-    for function in (lib.kv_append, lib.kv_linear, lib.kv_rms_norm, lib.kv_silu):
+    for function in (lib.kv_append, lib.kv_rms_norm, lib.kv_silu):
         function.restype = None
     if lib.kv_abi() != ABI:
         raise LayoutError(f"csrc_ref has ABI {lib.kv_abi()}, native.py expects {ABI}: reinstall kvkern")
     return lib
 
 
-def attend(
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
+def attention_keys(
     *,
     pool: Tensor,
     block_table: Tensor,
@@ -194,16 +189,10 @@ def attend(
     query_len: Tensor,
     suffix_k: Tensor,
     suffix_v: Tensor,
-    sm_scale: float,
-    key_run: int,
-    scratch_bound_bytes: int = SCRATCH_BOUND_BYTES,
-) -> None:
-    """Attend under contract part A; the caller has validated everything (`kvkern.prefix_attention` does).
+) -> bytes:
+    """Return what `attend` must know of the keys: addresses, so the tensors must stay alive and in place.
 
     Args:
-        q: `[B, num_q_heads, Tq, head_dim]` bf16, innermost axis dense.
-        out: `[B, Tq, num_q_heads, head_dim]` bf16, written.
-        lse: `[B, num_q_heads, Tq]` fp32 contiguous, natural log, written; or None.
         pool: bf16 anchor; block offsets count elements from its data pointer.
         block_table: `[P, max_blocks, 2]` int64, offsets of each block's K and V.
         block_tiles: tiles of a full block.
@@ -215,31 +204,51 @@ def attend(
         query_len: the same.
         suffix_k: `[B, num_kv_heads, tiles, head_dim, 64]` bf16, the last two axes dense.
         suffix_v: `[B, num_kv_heads, tiles, 64, head_dim]` bf16, with the strides of suffix_k.
-        sm_scale: factor of the scores, rounded to fp32.
-        key_run: 512, 1024, or 0 for stock's rule.
-        scratch_bound_bytes: queries are split so that scratch stays under it. Bits do not depend on it.
     """
-    lib = library()
     call = AttentionCall(
-        num_readers=q.shape[0], num_q_heads=q.shape[1], max_query_len=q.shape[2], head_dim=q.shape[3],
         num_kv_heads=suffix_k.shape[1],
-        q=q.data_ptr(), stride_qb=q.stride(0), stride_qh=q.stride(1), stride_qt=q.stride(2),
-        out=out.data_ptr(), stride_ob=out.stride(0), stride_ot=out.stride(1), stride_oh=out.stride(2),
-        lse=None if lse is None else lse.data_ptr(),
         pool=pool.data_ptr(), block_table=block_table.data_ptr(), max_blocks=block_table.shape[1],
         block_tiles=block_tiles, stride_tile=stride_tile, layer_offset=layer_offset,
         prefix_len=prefix_len.data_ptr(), reader_prefix=reader_prefix.data_ptr(),
         suffix_len=suffix_len.data_ptr(), query_len=query_len.data_ptr(),
         suffix_k=suffix_k.data_ptr(), suffix_v=suffix_v.data_ptr(),
         stride_sb=suffix_k.stride(0), stride_sh=suffix_k.stride(1), stride_st=suffix_k.stride(2),
-        sm_scale=sm_scale, key_run=key_run, num_threads=torch.get_num_threads(),
     )  # fmt: skip
-    least = lib.kv_attend_scratch_bytes(ctypes.byref(call), 1)
-    wanted = lib.kv_attend_scratch_bytes(ctypes.byref(call), q.shape[2])
-    scratch = torch.empty(max(least, min(wanted, scratch_bound_bytes)), dtype=torch.uint8)
-    call.scratch, call.scratch_bytes = scratch.data_ptr(), scratch.numel()
-    status = lib.kv_attend(ctypes.byref(call))
-    assert status == 0 and scratch.numel() >= 0, f"kv_attend returned {status}"  # scratch is alive until here
+    return bytes(call)
+
+
+def attention_call(keys: bytes, q: Tensor, out: Tensor, lse: Tensor | None) -> AttentionCall:
+    """Return a call of `keys` (`attention_keys`) without scale and run; arguments as in `attend`."""
+    call = AttentionCall.from_buffer_copy(keys)
+    call.num_readers, call.num_q_heads, call.max_query_len, call.head_dim = q.shape
+    call.q = q.data_ptr()
+    call.stride_qb, call.stride_qh, call.stride_qt, _ = q.stride()
+    call.out = out.data_ptr()
+    call.stride_ob, call.stride_ot, call.stride_oh, _ = out.stride()
+    if lse is not None:
+        call.lse = lse.data_ptr()
+    call.num_threads = torch.get_num_threads()
+    return call
+
+
+def attend(
+    keys: bytes, q: Tensor, out: Tensor, lse: Tensor | None, *, sm_scale: float, key_run: int, scratch_bound_bytes: int
+) -> None:
+    """Attend under contract part A; the caller has validated everything (`kvkern.prefix_attention` does).
+
+    Args:
+        keys: what `attention_keys` returned; nothing else is to be done for each call.
+        q: `[B, num_q_heads, Tq, head_dim]` bf16, innermost axis dense.
+        out: `[B, Tq, num_q_heads, head_dim]` bf16, written.
+        lse: `[B, num_q_heads, Tq]` fp32 contiguous, natural log, written; or None.
+        sm_scale: factor of the scores, rounded to fp32.
+        key_run: 512, 1024, or 0 for stock's rule.
+        scratch_bound_bytes: queries are split so that scratch stays under it. Bits do not depend on it.
+    """
+    call = attention_call(keys, q, out, lse)
+    call.sm_scale, call.key_run, call.scratch_bound_bytes = sm_scale, key_run, scratch_bound_bytes
+    if library().kv_attend(ctypes.byref(call)):
+        raise MemoryError(f"no memory for the scratch of attention: {scratch_bound_bytes} bytes are its bound")
 
 
 def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:

@@ -23,7 +23,6 @@ class LinearCall(ctypes.Structure):
         ("stride_w", _int64),
         ("y", _pointer),
         ("stride_y", _int64),
-        ("scratch", _pointer),
         ("num_threads", _int64),
     ]
 
@@ -39,16 +38,12 @@ def linear(x: Tensor, weight: Tensor, y: Tensor) -> None:
     if y.numel() == 0 or x.shape[1] == 0:
         y.zero_()
         return
-    lib = library()
     call = LinearCall(
-        rows=x.shape[0], inputs=x.shape[1], outputs=weight.shape[0],
-        x=x.data_ptr(), stride_x=x.stride(0), weight=weight.data_ptr(), stride_w=weight.stride(1),
-        y=y.data_ptr(), stride_y=y.stride(0), num_threads=torch.get_num_threads(),
+        x.shape[0], x.shape[1], weight.shape[0], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(1),
+        y.data_ptr(), y.stride(0), torch.get_num_threads(),
     )  # fmt: skip
-    scratch = torch.empty(lib.kv_linear_scratch_bytes(ctypes.byref(call)), dtype=torch.uint8)
-    call.scratch = scratch.data_ptr()
-    lib.kv_linear(ctypes.byref(call))
-    assert scratch.numel() >= 0  # alive until here, whatever a compiler makes of this function
+    if library().kv_linear(ctypes.byref(call)):
+        raise MemoryError(f"no memory for the scratch of a Linear of {x.shape[0]} rows by {tuple(weight.shape)}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:

@@ -34,7 +34,6 @@ class _Step:
         suffix_len: `[B]` int32 on the CPU, suffix tokens after it.
         slots: suffix slots of the longest reader after it.
         first_slot: `[B]` int32 on the model's device, where the tokens go in the suffix tiles.
-        lengths: what a KVView says of the readers, `[B]` int32 each on the model's device.
     """
 
     columns: tuple[int, int]
@@ -43,7 +42,6 @@ class _Step:
     suffix_len: Tensor
     slots: int
     first_slot: Tensor
-    lengths: dict[str, Tensor]
 
 
 class PrefixCache(Cache):
@@ -67,6 +65,7 @@ class PrefixCache(Cache):
             "num_layers": prefix.spec.num_layers,
         }
         self._step: _Step | None = None
+        self._lengths: dict[str, Tensor] = {}  # what the layers' views hold, written in place
         self.workspace: tuple[object, Tensor] | None = None  # of profile "fast": the plan that it is for, and itself
 
     @property
@@ -134,7 +133,7 @@ class PrefixCache(Cache):
             layer.suffix_k,
             layer.suffix_v,
             step.first_slot,
-            step.lengths["query_len"],
+            self._lengths["query_len"],
         )
         layer.columns = step.columns[1]
         handle = torch.empty(0, device="meta")
@@ -167,13 +166,20 @@ class PrefixCache(Cache):
         first_slot = (self._suffix_len + self._tail).to(self._device)
         suffix_len = self._suffix_len + query_len
         slots = int(suffix_len.max()) + self._tail
-        lengths = {
-            "reader_prefix": torch.zeros_like(query_len).to(self._device),
-            "suffix_len": suffix_len.to(self._device),
-            "query_len": query_len.to(self._device),
-        }
-        self._step = _Step((before, after), self._mask[:, :after], query_len, suffix_len, slots, first_slot, lengths)
+        self._set_lengths(suffix_len=suffix_len, query_len=query_len)
+        self._step = _Step((before, after), self._mask[:, :after], query_len, suffix_len, slots, first_slot)
         self._suffix_len = suffix_len
+
+    def _set_lengths(self, **lengths: Tensor) -> None:
+        """Say how long the readers are: in place, so that views stay; with new views when the batch is another."""
+        if self._lengths and self._lengths["query_len"].shape == lengths["query_len"].shape:
+            for name, new in lengths.items():
+                self._lengths[name].copy_(new)
+            return
+        self._lengths = {name: new.to(self._device, copy=True) for name, new in lengths.items()}
+        self._lengths["reader_prefix"] = torch.zeros_like(self._lengths["query_len"])
+        for layer in self.layers:
+            layer.view = None
 
     def _expand(self, batch: int) -> None:
         """Beams and several returned sequences repeat the rows that prepare() knew."""
@@ -189,14 +195,11 @@ class PrefixCache(Cache):
 
     def view(self, layer_idx: int) -> KVView:
         """Return what the kernel reads in one layer of the present forward."""
-        step, layer = self._step, self.layers[layer_idx]
-        return KVView(
-            **self._shared,
-            **step.lengths,
-            suffix_k=layer.suffix_k,
-            suffix_v=layer.suffix_v,
-            layer=layer_idx,
-        )
+        layer = self.layers[layer_idx]
+        if layer.view is None:
+            tiles = {"suffix_k": layer.suffix_k, "suffix_v": layer.suffix_v}
+            layer.view = KVView(**self._shared, **self._lengths, **tiles, layer=layer_idx)
+        return layer.view
 
     def require_agreement(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Refuse a forward whose mask or positions are not those of this cache.
@@ -294,6 +297,7 @@ class PrefixCacheLayer(CacheLayerMixin):
         self.columns = columns
         self.suffix_k: Tensor | None = None
         self.suffix_v: Tensor | None = None
+        self.view: KVView | None = None  # over these tiles, until they move
 
     def reserve(
         self, batch: int, heads: int, head_dim: int, slots: int, tail: tuple[Tensor, Tensor], device: torch.device
@@ -313,6 +317,7 @@ class PrefixCacheLayer(CacheLayerMixin):
         old_k, old_v = self.suffix_k, self.suffix_v
         if old_k is not None and tiles <= old_k.shape[2]:
             return
+        self.view = None
         capacity = tiles + 1 if old_k is None else 2 * tiles
         options = {"dtype": torch.bfloat16, "device": device}
         self.suffix_k = torch.zeros(batch, heads, capacity, head_dim, TILE_TOKENS, **options)
@@ -326,6 +331,7 @@ class PrefixCacheLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor, tiles: int) -> None:
         """Take the given readers' first `tiles` tiles."""
+        self.view = None
         if self.suffix_k is not None:
             self.suffix_k = self.suffix_k[:, :, :tiles].index_select(0, rows)
             self.suffix_v = self.suffix_v[:, :, :tiles].index_select(0, rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,8 +54,21 @@ def test_bits_boundary__a_wrong_position_fails() -> None:
     expected = attend(q, kv)
     swapped = kv.block_table.clone()
     swapped[0, [0, 1]] = swapped[0, [1, 0]]
-    wrong = KVView(**{**vars(kv), "block_table": swapped})
+    wrong = replace(kv, block_table=swapped)
     assert differing(attend(q, wrong), expected) > 0
+
+
+def test_bits_view__lengths_change_in_place_and_copies_have_their_own_tiles() -> None:
+    q, k, v = random_qkv(1, 2, 1, 1, 300, 64)
+    kv = KVView.from_dense(k, v)
+    whole = attend(q, kv)
+    kv.suffix_len.fill_(200)
+    short = attend(q, kv)
+    assert differing(short, attend(q, KVView.from_dense(k[:, :, :200], v[:, :, :200]))) == 0
+    twin = copy.deepcopy(kv)
+    kv.suffix_k.zero_()
+    assert differing(attend(q, twin), short) == 0
+    assert differing(attend(q, kv), short) > 0 and differing(whole, short) > 0
 
 
 def test_bits_boundary__one_flipped_bit_in_k_or_v_shows() -> None:
@@ -119,17 +135,15 @@ def test_bits_split__threads_and_scratch() -> None:
         torch.set_num_threads(threads)
 
 
-def test_bits_split__scratch_stays_under_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_split__scratch_stays_under_its_bound() -> None:
     q, k, v = random_qkv(1, 4, 1, 600, 600, 64)
-    sizes: list[int] = []
-    real = torch.empty
-    monkeypatch.setattr(
-        torch,
-        "empty",
-        lambda *a, **o: sizes.append(a[0]) or real(*a, **o) if o.get("dtype") == torch.uint8 else real(*a, **o),
-    )
-    attend(q, KVView.from_dense(k, v, query_len=600), scratch_bound_bytes=1 << 20)
-    assert sizes and max(sizes) <= 1 << 20
+    kv = KVView.from_dense(k, v, query_len=600)
+    call = native.attention_call(kv.native_keys, q, torch.empty(1, 600, 4, 64), None)
+    sizes = []
+    for bound in (1, 1 << 20, 1 << 40):
+        call.scratch_bound_bytes = bound
+        sizes.append(native.library().kv_attend_scratch_bytes(ctypes.byref(call)))
+    assert sizes[0] < sizes[1] <= 1 << 20 < sizes[2]
 
 
 def test_budget_lse__natural_log() -> None:
@@ -215,16 +229,16 @@ FAULTS = {
     "q": lambda q, kv: (q.float(), kv),
     "head_dim": lambda q, kv: (q[..., :24], kv),
     "num_q_heads": lambda q, kv: (q[:, :7], kv),
-    "suffix_v": lambda q, kv: (q, KVView(**{**vars(kv), "suffix_v": kv.suffix_v[:, :, :0]})),
-    "suffix_k": lambda q, kv: (q, KVView(**{**vars(kv), "suffix_len": kv.suffix_len + 64})),
-    "reader_prefix": lambda q, kv: (q, KVView(**{**vars(kv), "reader_prefix": kv.reader_prefix + 1})),
-    "prefix_len": lambda q, kv: (q, KVView(**{**vars(kv), "prefix_len": kv.prefix_len + 512})),
-    "block_table": lambda q, kv: (q, KVView(**{**vars(kv), "block_table": kv.block_table.int()})),
-    "query_len": lambda q, kv: (q, KVView(**{**vars(kv), "query_len": kv.query_len + 3})),
-    "suffix_len": lambda q, kv: (q, KVView(**{**vars(kv), "suffix_len": kv.suffix_len.long()})),
-    "layer": lambda q, kv: (q, KVView(**{**vars(kv), "layer": 1})),
-    "pool": lambda q, kv: (q, KVView(**{**vars(kv), "pool": kv.pool.float()})),
-    "block_table ": lambda q, kv: (q, KVView(**{**vars(kv), "block_table": kv.block_table.to("meta")})),
+    "suffix_v": lambda q, kv: (q, replace(kv, suffix_v=kv.suffix_v[:, :, :0])),
+    "suffix_k": lambda q, kv: (q, replace(kv, suffix_len=kv.suffix_len + 64)),
+    "reader_prefix": lambda q, kv: (q, replace(kv, reader_prefix=kv.reader_prefix + 1)),
+    "prefix_len": lambda q, kv: (q, replace(kv, prefix_len=kv.prefix_len + 512)),
+    "block_table": lambda q, kv: (q, replace(kv, block_table=kv.block_table.int())),
+    "query_len": lambda q, kv: (q, replace(kv, query_len=kv.query_len + 3)),
+    "suffix_len": lambda q, kv: (q, replace(kv, suffix_len=kv.suffix_len.long())),
+    "layer": lambda q, kv: (q, replace(kv, layer=1)),
+    "pool": lambda q, kv: (q, replace(kv, pool=kv.pool.float())),
+    "block_table ": lambda q, kv: (q, replace(kv, block_table=kv.block_table.to("meta"))),
 }
 
 

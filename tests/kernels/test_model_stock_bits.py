@@ -102,7 +102,7 @@ def test_bits_linear__odd_numbers() -> None:
 
 LINEAR_TWINS = {
     "band: even row first": (
-        "linear.c",
+        "bands.h",
         "#define ADD_PAIR(j) ADD((j) + 1) ADD(j)",
         "#define ADD_PAIR(j) ADD(j) ADD((j) + 1)",
     ),
@@ -115,7 +115,7 @@ LINEAR_TWINS = {
     "long runs of 512": ("contract.h", "#define LINEAR_RUN_LONG 1024", "#define LINEAR_RUN_LONG 512"),
     "long runs from 512": ("contract.h", "#define LINEAR_LONG_ABOVE 1024", "#define LINEAR_LONG_ABOVE 512"),
     "one chain over all": (
-        "linear.c",
+        "bands.h",
         "end = min_of(start + run_length(in), in);",
         "end = start ? start : in;",
     ),
