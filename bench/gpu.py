@@ -3,9 +3,11 @@
 Each part takes under eight minutes and appends a JSON line after every cell, so that nothing is lost when it is cut:
   bits   every output of random calls against the C reference, until 10^8 have been compared
   cells  device time of one decode layer by events and by graph replay, beside copy bandwidth and prediction
+  model  part B: bits of every operation, digests of a document, Qwen3-4B's prefill and decode under the contract
   fast   the fast profile: invariance of bits on the device, then times, for up to 256 readers
   peers  torch's sdpa by back end on the same keys, dense; a peer that is not installed is a row that says absent
-On a CPU with TRITON_INTERPRET=1 tiny shapes run, so that the script cannot rot. It needs the base dependencies alone.
+On a CPU with TRITON_INTERPRET=1 tiny shapes run, so that the script cannot rot. It needs the base
+dependencies alone; `model` also transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +78,7 @@ def host() -> dict[str, Any]:
 
 def on_device(kv: KVView) -> KVView:
     """Copy a view to the device."""
-    moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in vars(kv).items()}
-    return KVView(**moved)
+    return replace(kv, **{name: x.to(DEVICE) for name, x in vars(kv).items() if isinstance(x, torch.Tensor)})
 
 
 def bits() -> Iterator[dict[str, Any]]:
@@ -144,6 +146,13 @@ def fast() -> Iterator[dict[str, Any]]:
     yield from gpu_fast.rows(gpu_fast.Rig(layer, by_events, by_graph, readers, KEYS, BUFFERS), copy_bandwidth())
 
 
+def model() -> Iterator[dict[str, Any]]:
+    """Check and time the whole model under the contract."""
+    from bench import gpu_model
+
+    yield from gpu_model.rows(DEVICE, by_events)
+
+
 def peers() -> Iterator[dict[str, Any]]:
     """Time dense attention of torch on the same shapes: another arithmetic, so no bits are compared."""
     backends = torch.nn.attention.SDPBackend
@@ -169,6 +178,7 @@ def peers() -> Iterator[dict[str, Any]]:
 PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "bits": bits,
     "cells": cells,
+    "model": model,
     "fast": fast,
     "peers": peers,
 }

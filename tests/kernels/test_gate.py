@@ -89,5 +89,7 @@ def test_gpu_script__runs_in_the_interpreter(tmp_path: Path) -> None:
     assert len(exact) == 2 and all(row["differ"] == 0 for row in exact)
     fast = [row for row in rows if row["part"] == "fast"]
     assert len(fast) == 4 and [row["differ"] for row in fast if "differ" in row] == [0, 0]
+    model = [row for row in rows if row["part"] == "model"]
+    assert len(model) == 6 and all(row["differ"] == 0 for row in model)
     assert {row["device"] for row in rows} == {"cpu, Triton's interpreter"}
     assert any(row.get("absent") == "not installed" for row in rows if row["part"] == "peers")
