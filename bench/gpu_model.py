@@ -1,4 +1,4 @@
-"""The part `model` of bench/gpu.py: contract part B on the device. Bits of every operation, of a document, and times."""
+"""The part `model` of bench/gpu.py: contract part B on the device. Bits of operations, of a document, and times."""
 
 from __future__ import annotations
 
@@ -102,9 +102,8 @@ def document(device: torch.device, tokens: int) -> dict[str, Any]:
                     kv = prefill(model, ids)
                 kvkern.patch(model, scope="model")
                 with store.open(digest, model) as prefix:
-                    inputs = {name: value for name, value in prefix.prepare(subject.question(24)).items()}
                     out = model.generate(
-                        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True,
+                        **prefix.prepare(subject.question(24)), max_new_tokens=STEPS, do_sample=False, output_logits=True,
                         return_dict_in_generate=True,
                     )  # fmt: skip
                 kvkern.unpatch(model)
