@@ -103,8 +103,8 @@ def document(device: torch.device, tokens: int) -> dict[str, Any]:
                 kvkern.patch(model, scope="model")
                 with store.open(digest, model) as prefix:
                     out = model.generate(
-                        **prefix.prepare(subject.question(24)), max_new_tokens=STEPS, do_sample=False, output_logits=True,
-                        return_dict_in_generate=True,
+                        **prefix.prepare(subject.question(24)), max_new_tokens=STEPS, do_sample=False,
+                        output_logits=True, return_dict_in_generate=True,
                     )  # fmt: skip
                 kvkern.unpatch(model)
                 found.append((digest_of(*kv), digest_of(*out.logits)))
