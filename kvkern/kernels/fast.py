@@ -65,12 +65,13 @@ def fast_kernel(
     HAS_LSE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attend to one unit; the last program of a row block finishes its rows."""
-    in_prefix = tl.program_id(0) < prefix_programs
+    # Head by head, so that the states under way are those of a head or two. In a head, row blocks that read the same
+    # keys are neighbours, and prefixes, the heavy programs, come first.
+    kv_head, in_prefix = tl.program_id(1), tl.program_id(0) < prefix_programs
     program = tl.where(in_prefix, tl.program_id(0), tl.program_id(0) - prefix_programs)
-    # Row blocks that read the same keys are neighbours; prefixes, the heavy programs, come first.
     width, units = tl.where(in_prefix, row_blocks, parts), tl.where(in_prefix, tl.maximum(prefix_units, 1), own_units)
-    kv_head, unit = program // width % KV_HEADS, program // width // KV_HEADS % units
-    b, j = tl.where(in_prefix, 0, program // width // KV_HEADS // units), program % width % parts
+    unit, j = program // width % units, program % width % parts
+    b = tl.where(in_prefix, 0, program // width // units)
     if in_prefix:
         block = program % width // parts
         prefix = prefix_of_block(block, prefixes, search_steps, per_block, batch, reader_prefix_ptr)

@@ -1,8 +1,9 @@
 """What a fast launch costs, computed from its plan: bytes, operations, programs, predicted time. Nothing is measured.
 
 The floor reads every key once (suffixes included), q once, and writes out once. The plan adds states: written once
-to memory, and read back from the last cache when all of them fit it, from memory when they do not. Row blocks of one
-prefix run side by side: the first brings a tile from memory, the others find it in the last cache.
+to memory, and read back from the last cache when those under way fit it, from memory when they do not. Under way are
+the states of two KV heads: one is being folded while the next one begins. Row blocks of one prefix run side by side:
+the first brings a tile from memory, the others find it in the last cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class FastCost:
         kv_bytes: K and V tiles, each once.
         cached_bytes: K and V tiles that further row blocks read from the last cache.
         state_bytes: states, written; they are read once more.
+        state_bytes_under_way: those that are written and not yet read, at most.
         hbm_bytes: from and to memory under this plan.
         flops: of the products, padding rows included.
         live: programs with keys.
@@ -44,6 +46,7 @@ class FastCost:
     kv_bytes: int
     cached_bytes: int
     state_bytes: int
+    state_bytes_under_way: int
     hbm_bytes: int
     flops: int
     live: int
@@ -76,7 +79,8 @@ def cost(made: FastPlan, config: FastConfig, prefix_len: int, suffix_len: int) -
     cached = (shared * (blocks - 1) + own_tiles * (made.parts - 1)) * TILE_TOKENS * token_bytes
     state_rows = shape.readers * heads * rows * (prefix_units + suffix_units)
     state_bytes = 4 * state_rows * (head_dim + 2)
-    spilled = state_bytes if state_bytes > config.l2_bytes else 0
+    under_way = min(2, heads) * state_bytes // heads
+    spilled = state_bytes if under_way > config.l2_bytes else 0
     tiles = (shared * blocks + own_tiles * made.parts) * heads
     live = heads * (prefix_units * blocks + shape.readers * suffix_units * made.parts)
     block_rows = min(config.block_m, rows * min(made.per_block, shape.readers))
@@ -85,6 +89,7 @@ def cost(made: FastPlan, config: FastConfig, prefix_len: int, suffix_len: int) -
         kv_bytes=kv_bytes,
         cached_bytes=cached,
         state_bytes=state_bytes,
+        state_bytes_under_way=under_way,
         hbm_bytes=kv_bytes + io_bytes + state_bytes + spilled,
         flops=tiles * 4 * config.block_m * TILE_TOKENS * head_dim,
         live=live,

@@ -133,7 +133,7 @@ def attend(
     widen = q.device.type == "cpu"
     tensors = (x.view(torch.int16) if widen else x for x in (q, pool, suffix_k, suffix_v))
     try:
-        fast.fast_kernel[(made.programs,)](
+        fast.fast_kernel[(made.head_programs, suffix_k.shape[1])](
             *tensors, block_table, prefix_len, reader_prefix, suffix_len, query_len,
             partial, counters, out.view(torch.int16), partial if lse is None else lse,
             *q.stride()[:3], *suffix_k.stride()[:3], stride_tile, layer_offset, *out.stride()[:3],

@@ -60,8 +60,8 @@ class FastPlan:
         search_steps: halvings that find the prefix of a row block.
         prefix_units: units of a prefix, at most.
         suffix_units: units of a reader's suffix, at most.
-        prefix_programs: programs that read prefixes; those of the suffixes follow.
-        programs: all of them.
+        prefix_programs: programs of a KV head that read prefixes; those of the suffixes follow.
+        head_programs: all programs of a KV head; those of the next head follow.
         partial_rows: rows of states.
         partial_bytes: bytes of states.
         counters: int32 that are 0 before and after a launch.
@@ -76,10 +76,15 @@ class FastPlan:
     prefix_units: int
     suffix_units: int
     prefix_programs: int
-    programs: int
+    head_programs: int
     partial_rows: int
     partial_bytes: int
     counters: int
+
+    @property
+    def programs(self) -> int:
+        """All programs of a launch."""
+        return self.head_programs * self.shape.num_kv_heads
 
 
 @functools.lru_cache(maxsize=1024)
@@ -92,9 +97,8 @@ def plan_with(shape: FastShape, block_m: int, unit_tokens: int) -> FastPlan:
     row_blocks = parts * (-(-shape.readers // per_block) if shape.prefixes == 1 else blocks)
     prefix_units = -(-shape.prefix_tiles // unit_tiles)
     suffix_units = (max(shape.suffix_tiles, 1) + unit_tiles - 2) // unit_tiles + 1
-    prefix_programs = prefix_units * shape.num_kv_heads * row_blocks
-    own_programs = shape.readers * suffix_units * shape.num_kv_heads * parts
-    partial_rows = prefix_programs * block_m + shape.readers * shape.num_kv_heads * suffix_units * rows
+    prefix_programs, own_programs = prefix_units * row_blocks, shape.readers * suffix_units * parts
+    partial_rows = shape.num_kv_heads * (prefix_programs * block_m + shape.readers * suffix_units * rows)
     return FastPlan(
         shape, unit_tokens, per_block, parts, row_blocks, max(shape.prefixes - 1, 0).bit_length(), prefix_units,
         suffix_units, prefix_programs, prefix_programs + own_programs, partial_rows,
