@@ -15,6 +15,7 @@ LINES = (
     ("decode attention, Qwen3-4B layer, 3,774 keys, 1 reader", "decode-attention/qwen3-4b", "kvkern", "eager", "sdpa"),
     ("the same, 8 readers of one prefix", "readers/qwen3-4b", "kvkern-B8", "eager-B8", "sdpa-B8"),
     ("decode step of SmolLM2-135M after 3,774 tokens", "decode-step", "kvkern", "eager", "sdpa"),
+    ("the same step, scope `model`: the contract's own bits", "decode-step", "kvkern-model", "eager", "sdpa"),
     ("the same step with no attention, mask or cache", "decode-step", "no-op", "", ""),
     ("get 3,774 tokens: first open against prefill", ATTACH, "first-open", "eager-prefill", "sdpa-prefill"),
     ("get 3,774 tokens: later open against prefill", ATTACH, "later-open", "eager-prefill", "sdpa-prefill"),
