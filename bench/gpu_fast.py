@@ -41,7 +41,6 @@ class Rig:
 
 def rows(rig: Rig, copied: float) -> Iterator[dict[str, Any]]:
     """Yield one row of bits and one of times for each cell."""
-    yield {"cell": "copy", "gbps": copied / 1e9}
     for keys in rig.keys:
         for readers in rig.readers:
             layers = [rig.layer(readers, keys, seed) for seed in range(rig.buffers)]

@@ -80,7 +80,7 @@ def gpu_points(lines: list[dict[str, Any]]) -> tuple[list[Point], float]:
         if found:
             us = row["graph_us"] or row["event_us"]
             points.append(Point(found[1], int(found[2]), row["flops"], row["bytes_moved"], us / 1e6))
-    return points, 1e9 * max(row["gbps"] for row in lines if row.get("cell") == "copy")
+    return points, 1e11 * max(row["gbps"] / row["percent_of_copy"] for row in lines if "percent_of_copy" in row)
 
 
 def draw(points: list[Point], bytes_a_second: float, title: str, roof: str, path: Path) -> None:

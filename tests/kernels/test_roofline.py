@@ -25,15 +25,16 @@ def test_points__of_the_kept_cpu_results() -> None:
 
 
 def test_points__of_a_gpu(tmp_path: Path) -> None:
-    cell = {"bytes_moved": 10**6, "flops": 4 * 10**6, "event_us": 10.0, "graph_us": None, "device": "some GPU"}
+    rate = {"gbps": 100.0, "percent_of_copy": 3.125}
+    cell = {"bytes_moved": 10**6, "flops": 4 * 10**6, "event_us": 10.0, "graph_us": None, **rate}
     rows = [
-        {"cell": "copy", "gbps": 3000.0},
+        {"cell": "copy", "gbps": 3200.0},
         {"cell": "fast-bits-B8-P3774", "differ": 0},
         {"cell": "fast-B8-P3774", **cell, "graph_us": 8.0},
         {"cell": "exact-B8-P3774", **cell},
     ]
     points, bytes_a_second = roofline.gpu_points(rows)
     assert [(p.peer, p.readers, p.seconds) for p in points] == [("fast", 8, 8e-6), ("exact", 8, 1e-5)]
-    assert bytes_a_second == 3e12 and points[0].intensity == 4
+    assert bytes_a_second == 3.2e12 and points[0].intensity == 4
     roofline.draw(points, bytes_a_second, "some GPU", "copy", tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
