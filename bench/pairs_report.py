@@ -49,8 +49,8 @@ def page(results: dict[str, Any], name: str) -> str:
         "Here each way, eager too, reads the question and eager's tokens in one chunk, and is asked for its best token "
         "at each of the positions. `ties`: positions at which eager's own two best logits are equal, so that its token "
         "is the one with the smaller id; `near`: at most 0.125 apart, ties among them. RMS is of the difference of all "
-        "logits from eager's. (This count and the nudges above were added when the first two pairs' plain counts had been "
-        "seen; documents and questions stayed.)",
+        "logits from eager's. (This count was added when the plain counts of two pairs had been seen, the nudges when "
+        "six had been; documents and questions stayed as they were.)",
         markdown(*_led(rows)),
         "## Attention outputs against fp64",
         "On the q, K and V of every layer and call of the fast way (the question's rows and each step): outputs by "
