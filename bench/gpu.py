@@ -125,7 +125,8 @@ def cells() -> Iterator[dict[str, Any]]:
             event_s, graph_s = by_events(calls), by_graph(calls)
             best = graph_s or event_s
             yield {
-                "cell": f"exact-B{readers}-P{keys}", "differ": differ, "bytes_moved": moved, "event_us": event_s * 1e6,
+                "cell": f"exact-B{readers}-P{keys}", "differ": differ, "bytes_moved": moved,
+                "flops": 4 * layers[0][0].numel() * (keys + 1), "event_us": event_s * 1e6,
                 "graph_us": graph_s and graph_s * 1e6, "predicted_us": predicted * 1e6, "gbps": moved / best / 1e9,
                 "percent_of_copy": 100 * moved / best / copied, "launches": triton_door.LAUNCHES,
             }  # fmt: skip

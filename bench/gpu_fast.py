@@ -55,7 +55,8 @@ def rows(rig: Rig, copied: float) -> Iterator[dict[str, Any]]:
             predicted = seconds(made, fast_door.config_for(q.device), keys, int(kv.suffix_len[0]))
             yield {
                 "cell": f"fast-B{readers}-P{keys}", "unit": made.unit_tokens, "programs": made.programs,
-                "bytes_moved": moved, "event_us": event_s * 1e6, "graph_us": graph_s and graph_s * 1e6,
+                "bytes_moved": moved, "flops": 4 * q.numel() * (keys + 1),
+                "event_us": event_s * 1e6, "graph_us": graph_s and graph_s * 1e6,
                 "predicted_us": predicted * 1e6, "gbps": moved / best / 1e9,
                 "percent_of_copy": 100 * moved / best / copied, "launches": fast_door.LAUNCHES,
             }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from plot import draw
 from readme import fill
+from roofline import draw_cpu
 from tables import SECTIONS, memory_table, section_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +30,7 @@ def main(source: str) -> None:
     kept = RESULTS / f"{date}-cpu.json"
     kept.write_text(json.dumps(results, indent=1) + "\n")
     draw(results["groups"], RESULTS / "cpu.png")
+    draw_cpu(results)
     fill(results["groups"])
     tables = report(results, kept.name)
     (RESULTS / "README.md").write_text(tables)
@@ -56,6 +58,7 @@ def report(results: dict[str, Any], source: str) -> str:
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + f", {machine['compiler']}.",
         "![decode attention over readers, a decode step, attach against prefill](cpu.png)",
+        "![operations per byte against operations a second, under the measured bandwidth](roofline.png)",
     ]
     for section in SECTIONS:
         parts.append(f"## {section.title}\n\n{section.note}")

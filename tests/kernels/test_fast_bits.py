@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 import kvkern
+from kvkern.attention import fast_workspace, launch
 from kvkern.kernels import fast, fast_door, fast_finish, fast_state
 from kvkern.kernels.launch_config import fast_config
 from tests.support.bits import differing
 from tests.support.fast import attend, readers_of_one_prefix, take
-from tests.support.views import paged_view, random_qkv, shared_view
+from tests.support.views import int32, paged_view, random_qkv, shared_view
 
 BASE = fast_config("interpreter")
 UNITS = {unit: replace(BASE, units_d64=(unit,), units_d128=(unit,)) for unit in (256, 1024, 4096)}
@@ -66,7 +67,7 @@ def test_bits_split__any_unit(columns: int, prefix_len: int, head_dim: int) -> N
 def test_bits_repeat__same_call_and_same_workspace() -> None:
     q, k, v = readers_of_one_prefix(2, 330, 300)
     kv = shared_view(k, v, 300, [1, 1])
-    workspace = kvkern.attention.fast_workspace(q, kv)
+    workspace = fast_workspace(q, kv)
     outs = [attend(q, kv, workspace=workspace) for _ in range(3)]
     assert [differing(out, outs[0]) for out in outs] == [0, 0, 0]
 
@@ -75,7 +76,7 @@ def test_bits_lengths__one_workspace_and_grid_for_all(monkeypatch: pytest.Monkey
     """What a captured graph holds: grid, work space and scalars of one capacity serve every length below it."""
     q, k, v = readers_of_one_prefix(2, 560, 520)
     kv = shared_view(k, v, 520, [1, 1], spare_tiles=3)
-    workspace, launched = kvkern.attention.fast_workspace(q, kv), []
+    workspace, launched = fast_workspace(q, kv), []
     real = fast.fast_kernel.run
 
     def run(self: object, *args: object, grid: tuple[int, ...], **options: object) -> None:
@@ -94,6 +95,50 @@ def test_bits_lengths__one_workspace_and_grid_for_all(monkeypatch: pytest.Monkey
         assert differing(attend(q, swapped, workspace=workspace), attend(q, own)) == 0, (prefix_len, suffix)
     captured = launched[::2]
     assert len(captured) == 5 and len({str(call) for call in captured}) == 1, "grid or scalars depend on a length"
+
+
+def test_bits_graph__one_capture_serves_longer_suffixes_and_other_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed graph has the arguments of its capture: only what its tensors hold may change, and it is enough."""
+    _, k, v = random_qkv(5, 3, 1, 1, 520, 64, seed=3)
+    documents = [(k[i, :, :n], v[i, :, :n]) for i, n in enumerate((520, 130, 300))]
+    in_pool = paged_view(documents, [0, 1], [(k[3 + b, :, :1], v[3 + b, :, :1]) for b in (0, 1)], [1, 1])
+    q = torch.empty(2, 3, 1, 64, dtype=torch.bfloat16)
+    tiles = torch.full((2, 1, 3, 64, 64), float("nan"), dtype=torch.bfloat16)
+    kv = replace(in_pool, block_table=torch.zeros_like(in_pool.block_table[:2]), prefix_len=int32(0, 0),
+                 reader_prefix=int32(0, 0), suffix_len=int32(0, 0), suffix_k=tiles, suffix_v=tiles.clone())  # fmt: skip
+    out, workspace, launched = torch.empty(2, 1, 3, 64, dtype=torch.bfloat16), fast_workspace(q, kv), []
+    real = fast.fast_kernel.run
+
+    def run(self: object, *args: object, grid: tuple[int, ...], **options: object) -> None:
+        launched.append((grid, [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args], str(options)))
+        real(*args, grid=grid, **options)
+
+    def replay() -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(fast.fast_kernel), "run", run)
+            launch(q, kv, out.fill_(float("nan")), None, profile="fast", workspace=workspace)
+        return out
+
+    for step, (attached, reader_prefix, lens) in enumerate((
+        ((0, 1), (0, 1), (1, 64)),
+        ((0, 1), (0, 1), (2, 65)),  # suffixes grow
+        ((0, 1), (0, 0), (40, 66)),  # a reader takes another prefix
+        ((2, 1), (0, 0), (3, 120)),  # another document in the first row
+        ((2, 0), (1, 0), (90, 7)),
+    )):  # fmt: skip
+        own = [(k[3 + b, :, :n], v[3 + b, :, :n]) for b, n in enumerate(lens)]
+        fresh = paged_view([documents[i] for i in attached], list(reader_prefix), own, [1, 1], seed=step)
+        q.copy_(random_qkv(2, 3, 1, 1, 1, 64, spread=2.0, seed=step)[0])
+        for mine, theirs in ((kv.suffix_k, fresh.suffix_k), (kv.suffix_v, fresh.suffix_v)):
+            mine.fill_(float("nan"))[:, :, : theirs.shape[2]] = theirs
+        for name in ("prefix_len", "reader_prefix", "suffix_len"):
+            getattr(kv, name).copy_(getattr(fresh, name))
+        expected = attend(q, fresh)
+        if step == 3:
+            assert differing(replay(), expected) > 0, "the twin: without the new document in the table"
+        kv.block_table.copy_(in_pool.block_table[list(attached)])
+        assert differing(replay(), expected) == 0, step
+    assert len(launched) == 6 and len({str(call) for call in launched}) == 1, "a graph could not have replayed this"
 
 
 def several_prefixes() -> tuple[torch.Tensor, list, list[int], list, list[int]]:
@@ -187,7 +232,7 @@ def test_bits_twins__a_wrong_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None
 def test_counters__clean_after_an_aborted_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = readers_of_one_prefix(2, 330, 300)
     kv = shared_view(k, v, 300, [1, 1])
-    workspace, expected = kvkern.attention.fast_workspace(q, kv), attend(q, kv)
+    workspace, expected = fast_workspace(q, kv), attend(q, kv)
     counters = workspace[: take(q, kv).counters * 4].view(torch.int32)
     seen = []
     real = fast.visible_keys
@@ -217,7 +262,7 @@ def test_launches__one_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = type(fast.fast_kernel)
     real = runner.run
     monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
-    workspace = kvkern.attention.fast_workspace(q, kv)
+    workspace = fast_workspace(q, kv)
     for _ in range(2):
         attend(q, kv, workspace=workspace)
     assert [name for name in launched if name.endswith("_kernel")] == ["fast_kernel"] * 2

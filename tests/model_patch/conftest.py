@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 import kvkern
 from kvkern.model_patch.store import Prefix, Store
+from tests.support.interpreter import lean_interpreter
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -26,6 +27,12 @@ def tiny(kind: str = "qwen3", **changes) -> PreTrainedModel:
     ]
     config = config_class(**{**SIZES, **changes})
     return model_class._from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lean() -> Iterator[None]:
+    with lean_interpreter():
+        yield
 
 
 @pytest.fixture(params=["qwen3", "llama"])
