@@ -1,0 +1,88 @@
+"""Scores of the contract (A1): one chain per row and key, and the largest score of each row among a program's keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.exact_rows import add_pair, all_keys, load_words
+from kvkern.kernels.primitives import NAN_KEY, order_key, round16, widen_high, widen_low
+
+TILE = tl.constexpr(64)
+COUNTERS = tl.constexpr(16)
+"""Counters of a row: of its softmax, then of each piece of its output."""
+
+
+@triton.jit
+def score_block(
+    block, part, b, kv_head, q_ptr, pool_ptr, table_ptr, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr,
+    t_ptr, top_ptr, arrived_ptr, stride_qb, stride_qh, stride_qt, suffix_start, stride_sb, stride_sh, stride_st,
+    stride_tile, layer_offset, max_blocks, num_rows, max_query_len, first_query, key_capacity, sm_scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    WORDS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Score ROWS rows against 2 * WORDS keys; arguments as in `exact.score_kernel`."""
+    prefix = tl.load(reader_prefix_ptr + b)
+    shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
+    keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
+    first_word = part * WORDS
+    first_out = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + block * ROWS
+    last_row = tl.minimum(block * ROWS + ROWS, num_rows) - 1
+    most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
+    if part == 0:  # the counters of these rows, which later launches count on
+        for r in tl.static_range(ROWS):
+            if block * ROWS + r < num_rows:
+                tl.store(arrived_ptr + (first_out + r) * COUNTERS + tl.arange(0, COUNTERS), 0)
+    if 2 * first_word < most:
+        word = first_word + tl.arange(0, WORDS)
+        tile = tl.minimum(word // (TILE // 2), (keys - 1) // TILE)  # lanes past the last key read what nobody sees
+        in_pool = tile < shared_tiles
+        entry = (prefix * max_blocks + tl.minimum(tile // BLOCK_TILES, max_blocks - 1)).to(tl.int64) * 2
+        pool_offset = tl.load(table_ptr + entry, mask=in_pool, other=0) // 2
+        pool_offset += (tile % BLOCK_TILES) * stride_tile + layer_offset + kv_head * (HEAD_DIM * TILE // 2)
+        suffix_offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
+        k_ptrs = pool_ptr + tl.where(in_pool, pool_offset, suffix_offset) + word % (TILE // 2)
+
+        q_starts = ()
+        even = ()
+        odd = ()
+        for r in tl.static_range(ROWS):
+            real = tl.minimum(block * ROWS + r, num_rows - 1)
+            head, query = kv_head * GROUP + real % GROUP, first_query + real // GROUP
+            q_starts = q_starts + (q_ptr + b * stride_qb + head * stride_qh + query * stride_qt,)
+            even = even + (tl.zeros([WORDS], tl.float32),)
+            odd = odd + (tl.zeros([WORDS], tl.float32),)
+        words = load_words(k_ptrs, word >= 0, TILE // 2, 2 * UNROLL)
+        # A loop that carries the next trip's words keeps their loads under way; unrolled, the compiler delays them.
+        for start in range(0, HEAD_DIM // 2, UNROLL):
+            k_ptrs += UNROLL * TILE
+            upcoming = load_words(k_ptrs, word * 0 + start + UNROLL < HEAD_DIM // 2, TILE // 2, 2 * UNROLL)
+            for i in tl.static_range(UNROLL):
+                next_even = ()
+                next_odd = ()
+                for r in tl.static_range(ROWS):
+                    q = tl.load(q_starts[r] + start + i)
+                    low, high = words[2 * i], words[2 * i + 1]
+                    next_even = next_even + (add_pair(q, widen_low(low), widen_low(high), even[r]),)
+                    next_odd = next_odd + (add_pair(q, widen_high(low), widen_high(high), odd[r]),)
+                even = next_even
+                odd = next_odd
+            words = upcoming
+        for r in tl.static_range(ROWS):
+            row = block * ROWS + r
+            if row < num_rows:
+                low, high = score_bits(even[r], sm_scale), score_bits(odd[r], sm_scale)
+                packed = ((low >> 16) & 0xFFFF) | (high & -65536)
+                tl.store(t_ptr + (first_out + r) * (key_capacity // 2) + word, packed)
+                seen = keys - (max_query_len - 1 - (first_query + row // GROUP))
+                top = tl.where(2 * word < seen, order_key(low), -0x80000000)
+                top = tl.maximum(top, tl.where(2 * word + 1 < seen, order_key(high), -0x80000000))
+                tl.store(top_ptr + (first_out + r) * (key_capacity // (2 * WORDS)) + part, tl.max(top, axis=0))
+
+
+@triton.jit
+def score_bits(total, sm_scale):
+    """Round a chain to a score, as bits; NaN is chosen, as a GPU makes it 0x7fffffff and rounding that gives -0."""
+    scaled = round16(total) * sm_scale
+    bits = round16(round16(scaled) + 0.0).to(tl.int32, bitcast=True)
+    return tl.where((total != total) | (scaled != scaled), NAN_KEY, bits)

@@ -1,0 +1,102 @@
+"""Softmax of the contract (A2 to A4): exponentials by parts of a row, then, by the last part to arrive, sum and p."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.exact_rows import all_keys, load_words, visible_keys
+from kvkern.kernels.exact_score import COUNTERS
+from kvkern.kernels.primitives import (
+    INFINITY_KEY,
+    MINUS_INFINITY_KEY,
+    exp_c,
+    from_order_key,
+    halve16,
+    log_n,
+    round16,
+    widen16,
+)
+
+TOPS = tl.constexpr(512)
+"""Maxima of score programs that are loaded together."""
+
+
+@triton.jit
+def softmax_part(
+    row, part, b, kv_head, t_ptr, top_ptr, e_ptr, flag_ptr, lse_ptr, arrived_ptr,
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
+    num_rows, max_query_len, first_query, key_capacity, has_lse,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Take exponentials of PASSES * KEYS keys of a row; a score program has found the maximum of 2 * WORDS keys each."""
+    query = first_query + row // GROUP
+    keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
+    visible = visible_keys(keys, query, tl.load(query_len_ptr + b), max_query_len)
+    parts = tl.maximum((visible + PASSES * KEYS - 1) // (PASSES * KEYS), 1)
+    if (row < num_rows) & (part < parts):
+        out_row = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + row
+        t_row, e_row = t_ptr + out_row * key_capacity, e_ptr + out_row * key_capacity
+        lane = tl.arange(0, KEYS)
+        first = part * (PASSES * KEYS)
+        t = tl.load(t_row + first + lane, mask=first + lane < visible, other=0)  # on its way while the maximum is found
+        largest, is_nan = _largest(top_ptr + out_row * (key_capacity // (2 * WORDS)), visible, WORDS)
+        end = tl.minimum(first + PASSES * KEYS, visible)
+        for start in range(first, end, KEYS):
+            key = start + lane
+            upcoming = tl.load(t_row + key + KEYS, mask=key + KEYS < end, other=0)
+            e = exp_c(widen16(t) - largest)
+            tl.store(e_row + key, tl.where((key < visible) & (is_nan == 0), e, 0.0))
+            t = upcoming
+        count = parts - 1
+        tl.debug_barrier()  # the sum reads what other threads have just written
+        if parts > 1:
+            count = tl.atomic_add(arrived_ptr + out_row * COUNTERS, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+        if count == parts - 1:
+            total = _probabilities(e_row, visible, KEYS, STEPS)
+            tl.store(flag_ptr + out_row, is_nan.to(tl.int32))
+            if has_lse != 0:
+                nan = tl.full([], 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+                lse = tl.where(is_nan, nan, largest + log_n(total))
+                lse = tl.where(visible > 0, lse, float("-inf"))
+                head = b * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+                tl.store(lse_ptr + head.to(tl.int64) * max_query_len + query, lse)
+
+
+@triton.jit
+def _largest(top_ptr, visible, WORDS: tl.constexpr):
+    """A2, and whether A8 makes the row NaN."""
+    lane = tl.arange(0, TOPS)
+    top = tl.full([TOPS], -0x80000000, tl.int32)
+    blocks = (visible + 2 * WORDS - 1) // (2 * WORDS)
+    for start in range(0, blocks, TOPS):
+        there = start + lane < blocks
+        top = tl.maximum(top, tl.load(top_ptr + start + lane, mask=there, other=-0x80000000))
+    key = tl.max(top, axis=0)
+    return from_order_key(key), (key >= INFINITY_KEY) | (key <= MINUS_INFINITY_KEY)
+
+
+@triton.jit
+def _probabilities(e_row, visible, KEYS: tl.constexpr, STEPS: tl.constexpr):
+    """Add up a row and turn it into p, kept in fp32; returns the sum. STEPS loads of 16 keys are under way."""
+    sums = tl.zeros([16], tl.float32)
+    lane16, lane = tl.arange(0, 16), tl.arange(0, KEYS)
+    terms = load_words(e_row + lane16, lane16 < visible, 16, STEPS)
+    for start in range(16 * STEPS, visible + 16 * STEPS, 16 * STEPS):  # the next terms are on their way meanwhile
+        upcoming = load_words(e_row + start + lane16, lane16 + start < visible, 16, STEPS)
+        for step in tl.static_range(STEPS):
+            sums += terms[step]
+        terms = upcoming
+    e = tl.load(e_row + lane, mask=lane < visible, other=0.0)
+    total = halve16(sums)
+    total = tl.where(total > 0.0, total, 1.0)  # a row that sees nothing, or that is NaN, divides by something
+    reciprocal = tl.div_rn(1.0, total)
+    tl.debug_barrier()  # p takes the place of e, which every warp has added up for itself
+    for start in range(0, visible, KEYS):
+        key = start + lane
+        upcoming = tl.load(e_row + key + KEYS, mask=key + KEYS < visible, other=0.0)
+        tl.store(e_row + key, round16(e * reciprocal), mask=key < visible)
+        e = upcoming
+    return total
