@@ -151,8 +151,7 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
     if is_c:
         return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
     reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
-    launches = triton_door.launches(q, kv.block_table, kv.block_tiles, kv.suffix_k)
-    return Plan("triton", profile, launches, bytes_moved, reason)
+    return Plan("triton", profile, triton_door.LAUNCHES, bytes_moved, reason)
 
 
 def _resolve_fast(q: Tensor, kv: KVView, backend: Backend) -> Plan:

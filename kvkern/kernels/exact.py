@@ -1,125 +1,157 @@
-"""Exact attention in Triton: contract part A over packed tiles, in three launches, or four for many keys.
+"""Exact attention in Triton: contract part A over packed tiles, in three launches.
 
     score    t = RNE16(RNE16(RNE16(q k) c) + 0), maxima   a program: rows of one reader, one KV head, some keys
-    softmax  exp, 16-lane sum, p                          a program: one row, some keys; the last one adds up
-    output   one chain per (row, channel, run)            a program: rows of one reader, some channels, one run of keys;
-                                                          the last one adds the run sums, left to right, and rounds
-
-Softmax has no launch of its own kind: programs of either kernel may do it, and come first, as they take longest. With
-few keys it is launched alone between scores and output. With many, KV heads go in halves: scores of A; scores of B
-beside softmax of A; output of A beside softmax of B; output of B. Then memory is read all the time.
+    softmax  exp, then 16-lane sum and p                  a program: one row, some keys; the last one sums the row
+    output   one chain per (row, channel, run), then the  a program: rows of one reader, some channels, one run of
+             run sums added left to right, RNE16          keys; the last one adds the run sums
 
 Bits depend on q, K and V by position, sm_scale and key_run alone. A program owns whole chains, and lanes never meet,
-except in the max, which has no order, and in halve16; who arrives last does what any other would have done. Two
-neighbouring bf16 travel in one 32-bit word: keys in a K tile, channels in a V tile, channels in q. Critical paths:
-score, head_dim dependent fmas; softmax, keys / 16 dependent adds; output, 512 (or 1,024) dependent fmas, then one add
-per run. No kernel divides by a number that is not known when it is compiled, because some targets divide integers by
-floating point. Tensors have one axis: with two, some versions of Triton give them layouts that differ from load to
-load, with a barrier for each conversion.
+except in the max, which has no order, and in halve16; who arrives last does what any other would have done, with what
+all of them have left. Two neighbouring bf16 travel in one 32-bit word: keys in a K tile, channels in a V tile, channels
+in q; p travels as pairs of fp32. Critical paths: score, head_dim dependent fmas; softmax, keys / 16 dependent adds;
+output, 512 (or 1,024) dependent fmas, then one add per run. No kernel divides by a number that is not known when it is
+compiled, because some targets divide integers by floating point. Tensors have one axis: with two, some versions of
+Triton give them layouts that differ from load to load, with a barrier for each conversion. Loops that carry words ask
+for them in a first trip that computes nothing: each load that is written out twice costs the compiler seconds.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from kvkern.kernels.exact_output import output_run
-from kvkern.kernels.exact_score import score_block
-from kvkern.kernels.exact_softmax import softmax_part
+import torch
 
-# No integer is compiled in because it is 1 or a multiple of 16: what the gate compiles is what runs, for any shape.
-INTEGERS = [
-    "stride_qb", "stride_qh", "stride_qt", "suffix_start", "stride_sb", "stride_sh", "stride_st", "stride_tile",
-    "layer_offset", "stride_ob", "stride_ot", "stride_oh", "softmax_programs", "softmax_head", "first_head",
-    "max_blocks", "num_rows", "max_query_len", "first_query", "key_run", "has_lse", "total_rows", "key_capacity",
-]  # fmt: skip
-SCORE_INTEGERS = [name for name in INTEGERS if name not in ("stride_ob", "stride_ot", "stride_oh", "key_run", "total_rows")]
-OUTPUT_INTEGERS = [name for name in INTEGERS if name not in ("stride_qb", "stride_qh", "stride_qt")]
+from kvkern.contract import KEY_RUN, TILE_TOKENS
+from kvkern.kernels.exact_output import output_kernel
+from kvkern.kernels.exact_score import COUNTERS, score_kernel
+from kvkern.kernels.exact_softmax import softmax_kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvkern.kernels.launch_config import ExactConfig
+
+LAUNCHES = 3
+"""Kernel launches of one exact call of one layer."""
 
 
-@triton.jit(do_not_specialize=SCORE_INTEGERS)
-def score_kernel(
-    q_ptr,  # [B, Hq, Tq, D / 2] words of two channels
-    pool_ptr,  # words; all tiles are addressed from here
-    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
-    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    t_ptr,  # [rows, key_capacity / 2] words of two scores
-    t16_ptr,  # the same as int16
-    top_ptr,  # [rows, key_capacity / (2 * WORDS)] int32, order keys of the largest scores
-    e_ptr,  # [rows, key_capacity] fp32: exponentials, then p
-    flag_ptr,  # [rows] int32, 1 for a row that is NaN
-    arrived_ptr,  # [rows, 16] int32, cleared here
-    lse_ptr,  # [B, Hq, Tq] fp32
-    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,  # words
-    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; K of the suffixes
-    stride_tile: tl.int64, layer_offset: tl.int64,  # words
-    softmax_programs, softmax_head, first_head,
-    max_blocks, num_rows, max_query_len, first_query, has_lse,
-    key_capacity: tl.int64,
-    sm_scale,
-    KV_HEADS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
-    KEYS: tl.constexpr, PASSES: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Score HEADS KV heads from `first_head` on, after `softmax_programs` that do softmax of those from `softmax_head`.
+@dataclass(frozen=True)
+class ScratchLayout:
+    """Where the arrays of a call lie in its scratch, in bytes; functions of shapes alone.
 
-    The grid is row blocks, readers and KV heads, then ROWS programs for each part of a row's keys in the softmax, and
-    one for each block of keys in the scores.
+    Attributes:
+        key_capacity: keys of a row in `t` and `e`.
+        runs: rows of `partial`.
+        t: scores: `[rows, key_capacity]` bf16 bits.
+        e: exponentials, then p: `[rows, key_capacity]` fp32.
+        partial: `[runs, rows, head_dim]` fp32.
+        top: order keys of largest scores: `[rows, key_capacity / (2 * score_words)]` int32.
+        flag: `[rows]` int32.
+        arrived: counters: `[rows, 16]` int32.
+        nbytes: all of it.
     """
-    block, b, kv_head, z = tl.program_id(0), tl.program_id(1) // HEADS, tl.program_id(1) % HEADS, tl.program_id(2)
-    if z < softmax_programs:
-        softmax_part(
-            block * ROWS + z % ROWS, z // ROWS, b, softmax_head + kv_head, t16_ptr, top_ptr, e_ptr, flag_ptr, lse_ptr,
-            arrived_ptr, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
-            num_rows, max_query_len, first_query, key_capacity, has_lse, KV_HEADS, GROUP, WORDS, KEYS, PASSES, STEPS,
-        )  # fmt: skip
-    else:
-        score_block(
-            block, z - softmax_programs, b, first_head + kv_head, q_ptr, pool_ptr, table_ptr,
-            prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, t_ptr, top_ptr, arrived_ptr,
-            stride_qb, stride_qh, stride_qt, suffix_start, stride_sb, stride_sh, stride_st, stride_tile, layer_offset,
-            max_blocks, num_rows, max_query_len, first_query, key_capacity, sm_scale,
-            KV_HEADS, GROUP, ROWS, HEAD_DIM, BLOCK_TILES, WORDS, UNROLL,
-        )  # fmt: skip
+
+    key_capacity: int
+    runs: int
+    t: int
+    e: int
+    partial: int
+    top: int
+    flag: int
+    arrived: int
+    nbytes: int
 
 
-@triton.jit(do_not_specialize=OUTPUT_INTEGERS)
-def output_kernel(
-    p_ptr,  # [rows, key_capacity / 2] int64, pairs of p: e_ptr's memory
-    pool_ptr,  # words; all tiles are addressed from here
-    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
-    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    t16_ptr, top_ptr, e_ptr, flag_ptr, arrived_ptr, lse_ptr,  # as in score_kernel
-    partial_ptr,  # [runs, rows, D] fp32
-    out_ptr,  # [B, Tq, Hq, D] int16
-    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; V of the suffixes
-    stride_tile: tl.int64, layer_offset: tl.int64,  # words
-    stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
-    softmax_programs, softmax_head, first_head,
-    max_blocks, num_rows, max_query_len, first_query, has_lse, key_run,
-    total_rows: tl.int64, key_capacity: tl.int64,
-    KV_HEADS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
-    SCORE_WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Write out of HEADS KV heads from `first_head` on, after `softmax_programs` as in `score_kernel`.
+def scratch_layout(rows: int, head_dim: int, tile_capacity: int, config: ExactConfig) -> ScratchLayout:
+    """Lay out the scratch of a call.
 
-    Then the grid's last axis is runs, each with PIECES pieces of the channels.
+    Args:
+        rows: query rows of all readers and heads in one slice of Tq.
+        head_dim: channels.
+        tile_capacity: tiles that a reader may have: those of the block table and those of its suffix.
+        config: whose passes the capacity must be a multiple of.
     """
-    block, b, kv_head, z = tl.program_id(0), tl.program_id(1) // HEADS, tl.program_id(1) % HEADS, tl.program_id(2)
-    if z < softmax_programs:
-        softmax_part(
-            block * ROWS + z % ROWS, z // ROWS, b, softmax_head + kv_head, t16_ptr, top_ptr, e_ptr, flag_ptr, lse_ptr,
-            arrived_ptr, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
-            num_rows, max_query_len, first_query, key_capacity, has_lse,
-            KV_HEADS, GROUP, SCORE_WORDS, KEYS, PASSES, STEPS,
-        )  # fmt: skip
-    else:
-        output_run(
-            block, (z - softmax_programs) // PIECES, (z - softmax_programs) % PIECES, b, first_head + kv_head,
-            p_ptr, pool_ptr, table_ptr, partial_ptr, flag_ptr, out_ptr, arrived_ptr,
-            prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
-            suffix_start, stride_sb, stride_sh, stride_st, stride_tile, layer_offset, stride_ob, stride_ot, stride_oh,
-            max_blocks, num_rows, max_query_len, first_query, key_run, total_rows, key_capacity,
-            KV_HEADS, GROUP, ROWS, HEAD_DIM, BLOCK_TILES, WORDS, TILES, RUNS,
-        )  # fmt: skip
+    step = max(config.softmax_keys, 2 * config.score_words, KEY_RUN)  # all of them powers of two
+    keys = -(-tile_capacity * TILE_TOKENS // step) * step
+    runs = -(-keys // KEY_RUN)
+    tops = keys // (2 * config.score_words)
+    sizes = [rows * keys * 2, rows * keys * 4, runs * rows * head_dim * 4, rows * tops * 4, rows * 4, rows * COUNTERS.value * 4]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // 256) * 256)
+    return ScratchLayout(keys, runs, *starts)
+
+
+def launch(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    lengths: tuple[Tensor, Tensor, Tensor, Tensor],
+    pool: Tensor,
+    place: tuple[Tensor, int, int, int],
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    scratch: Tensor,
+    layout: ScratchLayout,
+    queries: tuple[int, int],
+    sm_scale: float,
+    key_run: int,
+    config: ExactConfig,
+) -> None:
+    """Launch the three kernels for some query positions; tensors as in `triton_door.attend`.
+
+    Args:
+        q: all positions.
+        out: all positions.
+        lse: all positions, or None.
+        lengths: prefix_len, reader_prefix, suffix_len and query_len.
+        pool: anchor of all tiles.
+        place: block table, tiles of a block, and in elements the stride of a tile and the layer's offset.
+        suffix_k: keys of the suffixes.
+        suffix_v: values of the suffixes.
+        scratch: uint8.
+        layout: of the scratch.
+        queries: the first position and how many.
+        sm_scale: factor of the scores.
+        key_run: 512, 1024, or 0 for stock's rule.
+        config: no bit depends on it.
+    """
+    batch, num_q_heads, max_query_len, head_dim = q.shape
+    kv_heads = suffix_k.shape[1]
+    group, (first_query, count), capacity = num_q_heads // kv_heads, queries, layout.key_capacity
+    table, block_tiles, stride_tile, layer_offset = place
+    num_rows, words, heads = group * count, pool.view(torch.int32), batch * kv_heads
+
+    def array(start: int, dtype: torch.dtype) -> Tensor:
+        return scratch[start:].view(dtype)
+
+    top, flag, arrived = (array(start, torch.int32) for start in (layout.top, layout.flag, layout.arrived))
+    e = array(layout.e, torch.float32)
+    strides = [stride // 2 for stride in (*suffix_k.stride()[:3], stride_tile, layer_offset)]
+    rows = (num_rows, max_query_len, first_query)
+    strict: dict[str, Any] = {"KV_HEADS": kv_heads, "GROUP": group, "enable_fp_fusion": False}
+    tiles = {**strict, "HEAD_DIM": head_dim, "BLOCK_TILES": block_tiles}
+    score_rows, score_words = min(config.score_rows, num_rows), config.score_words
+    score_kernel[(-(-num_rows // score_rows), heads, capacity // (2 * score_words))](
+        q.view(torch.int32), words, table, *lengths[:3], array(layout.t, torch.int32), top, arrived,
+        *(stride // 2 for stride in q.stride()[:3]), (suffix_k.data_ptr() - pool.data_ptr()) // 4, *strides,
+        table.shape[1], *rows, capacity, sm_scale,
+        ROWS=score_rows, WORDS=score_words, UNROLL=config.score_unroll_for(head_dim), num_warps=config.score_warps,
+        **tiles,
+    )  # fmt: skip
+    parts = -(-capacity // (config.softmax_keys * config.softmax_passes))
+    softmax_kernel[(num_rows, heads, parts)](
+        array(layout.t, torch.int16), top, e, flag, e if lse is None else lse, arrived, *lengths,
+        *rows, lse is not None, capacity,
+        WORDS=score_words, KEYS=config.softmax_keys, PASSES=config.softmax_passes, STEPS=config.softmax_steps,
+        num_warps=config.softmax_warps, **strict,
+    )  # fmt: skip
+    output_rows, output_words, pieces = config.output_shape(num_rows, head_dim)
+    output_kernel[(-(-num_rows // output_rows), heads * pieces, layout.runs)](
+        array(layout.e, torch.int64), words, table, *lengths, array(layout.partial, torch.float32), flag, arrived,
+        out.view(torch.int16), (suffix_v.data_ptr() - pool.data_ptr()) // 4, *strides, *out.stride()[:3],
+        table.shape[1], *rows, key_run, heads * num_rows, capacity,
+        ROWS=output_rows, WORDS=output_words, PIECES=pieces, AHEAD=config.output_ahead, RUNS=config.fold_runs,
+        num_warps=config.output_warps, **tiles,
+    )  # fmt: skip

@@ -5,23 +5,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import all_keys, run_shift, visible_keys
+from kvkern.kernels.exact_rows import all_keys, load_words, run_shift, visible_keys
 from kvkern.kernels.exact_score import COUNTERS
-from kvkern.kernels.primitives import rounded_bits, widen_high, widen_low
+from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
 
 TILE = tl.constexpr(64)
+GROUPED = tl.constexpr(8)
+"""Pairs of p that are loaded together. The last load of a row ends up to 64 bytes behind it, inside the scratch."""
 
 
-@triton.jit
-def output_run(
-    block, run, piece, b, kv_head, p_ptr, pool_ptr, table_ptr, partial_ptr, flag_ptr, out_ptr, arrived_ptr,
-    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,
-    suffix_start, stride_sb, stride_sh, stride_st, stride_tile, layer_offset, stride_ob, stride_ot, stride_oh,
-    max_blocks, num_rows, max_query_len, first_query, key_run, total_rows, key_capacity,
+INTEGERS = [
+    "suffix_start", "stride_sb", "stride_sh", "stride_st", "stride_tile", "layer_offset", "stride_ob", "stride_ot",
+    "stride_oh", "max_blocks", "num_rows", "max_query_len", "first_query", "key_run", "total_rows", "key_capacity",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def output_kernel(
+    p_ptr,  # [rows, key_capacity / 2] int64, pairs of p in fp32
+    pool_ptr,  # words; all tiles are addressed from here
+    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    partial_ptr,  # [runs, rows, D] fp32
+    flag_ptr,  # [rows] int32, 1 for a row that is NaN
+    arrived_ptr,  # [rows, COUNTERS] int32; all but the first count programs here, for each piece of the channels
+    out_ptr,  # [B, Tq, Hq, D] int16
+    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; V of the suffixes
+    stride_tile: tl.int64, layer_offset: tl.int64,  # words
+    stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
+    max_blocks, num_rows, max_query_len, first_query, key_run,
+    total_rows: tl.int64, key_capacity: tl.int64,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    WORDS: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
+    WORDS: tl.constexpr, PIECES: tl.constexpr, AHEAD: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels."""
+    block, piece, reader_head = tl.program_id(0), tl.program_id(1) % PIECES, tl.program_id(1) // PIECES
+    run, b, kv_head = tl.program_id(2), reader_head // KV_HEADS, reader_head % KV_HEADS
     prefix, query_len = tl.load(reader_prefix_ptr + b), tl.load(query_len_ptr + b)
     shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
     keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
@@ -33,40 +52,41 @@ def output_run(
         lane = tl.arange(0, ROWS * WORDS)
         word = piece * WORDS + lane % WORDS
         row = tl.minimum(first_row + lane // WORDS, num_rows - 1)
-        out_row = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + row
+        out_row = reader_head.to(tl.int64) * num_rows + row
         fewest = keys - (max_query_len - 1 - (first_query + first_row // GROUP))
         end_key = tl.minimum(first_key + (1 << shift), most)
-        end = (end_key + TILES * TILE - 1) // (TILES * TILE)  # trips of TILES tiles
-        whole = tl.maximum(tl.minimum(fewest, end_key), 0) // (TILES * TILE)  # every row sees all keys of trips before
-        trip = first_key // (TILES * TILE)
+        first, end = first_key // TILE, (end_key + TILE - 1) // TILE
+        whole = tl.minimum(fewest, end_key) // TILE  # every row sees all keys of the tiles before
         blocks_ptr = table_ptr + (prefix * max_blocks).to(tl.int64) * 2 + 1
-        channel = tl.minimum(word, HEAD_DIM // 2 - 1)
         shared = layer_offset + kv_head * (HEAD_DIM * TILE // 2)
         own = suffix_start + b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
-        last_tile = tl.maximum(end_key - 1, 0) // TILE
-        place = (pool_ptr + channel, last_tile, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
-        words = ()
-        v_ptrs = _tiles(place, trip, BLOCK_TILES, TILES)
-        for tile in tl.static_range(TILES):
-            for i in tl.static_range(TILE):
-                words = words + (tl.load(v_ptrs[tile] + i * (HEAD_DIM // 2), mask=lane * 0 + trip < end),)
-        v_ptrs = _tiles(place, trip + 1, BLOCK_TILES, TILES)
+        place = (tl.maximum(end - 1, 0), shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
+        offset = _tile_offset(place, first, BLOCK_TILES)
+        v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)
         p_ptrs = p_ptr + out_row * (key_capacity // 2)
         even, odd = tl.zeros([ROWS * WORDS], tl.float32), tl.zeros([ROWS * WORDS], tl.float32)
-        # First the trips all of whose keys every row sees. Then the others: a key that a row does not see must not
-        # touch its chain (A7), so what its slot holds is computed and dropped.
-        for MASKED in tl.static_range(2):
-            for now in range(tl.maximum(whole, trip) if MASKED else trip, end if MASKED else whole):
-                seen = keys - (max_query_len - 1 - (first_query + row // GROUP)) - now * (TILES * TILE)
-                trip_ptrs, has_next = p_ptrs + now * (TILES * TILE // 2), lane * 0 + now + 1 < end
-                even, odd, words = _trip(even, odd, words, trip_ptrs, v_ptrs, has_next, seen, MASKED, TILES, HEAD_DIM)
-                v_ptrs = _tiles(place, now + 2, BLOCK_TILES, TILES)
+        factors = load_rows(p_ptrs + first * (TILE // 2), None, 1, GROUPED)
+        words = ()
+        for _ in tl.static_range(AHEAD * TILE):
+            words = words + (tl.zeros([ROWS * WORDS], tl.int32),)
+        for tile in range(first - AHEAD, end):  # tile + AHEAD is asked for while `tile` is computed
+            upcoming = load_words(v_ptrs + offset, lane * 0 + tile + AHEAD < end, HEAD_DIM // 2, TILE)
+            offset = _tile_offset(place, tile + AHEAD + 1, BLOCK_TILES)
+            if tile >= first:
+                if tile >= whole:
+                    seen = keys - (max_query_len - 1 - (first_query + row // GROUP)) - tile * TILE
+                    words = _hide(words, seen, AHEAD)
+                even, odd, factors = _add_tile(even, odd, words, factors, p_ptrs + tile * (TILE // 2))
+            waiting = ()
+            for i in tl.static_range((AHEAD - 1) * TILE):
+                waiting = waiting + (words[TILE + i],)
+            words = waiting + upcoming
         inside = (word < HEAD_DIM // 2) & (first_row + lane // WORDS < num_rows)
         sums = partial_ptr + out_row * HEAD_DIM + 2 * word
         tl.store(sums + run * total_rows * HEAD_DIM, even, mask=inside)
         tl.store(sums + run * total_rows * HEAD_DIM + 1, odd, mask=inside)
         tl.debug_barrier()  # all stores of this program come before its arrival
-        first_out = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + first_row
+        first_out = reader_head.to(tl.int64) * num_rows + first_row
         count = tl.atomic_add(arrived_ptr + first_out * COUNTERS + 1 + piece, 1, sem="acq_rel", scope="gpu")
         runs = tl.maximum((most + (1 << shift) - 1) >> shift, 1)
         if count == runs - 1:
@@ -83,46 +103,53 @@ def output_run(
 
 
 @triton.jit
-def _trip(
-    even, odd, words, p_ptrs, v_ptrs, has_next, seen, MASKED: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """Take TILES tiles of keys; the words of the next trip are asked for as those of this one are spent."""
-    fresh = ()
-    for tile in tl.static_range(TILES):
-        for i in tl.static_range(TILE // 2):
-            pair = TILE // 2 * tile + i
-            factors = tl.load(p_ptrs + pair)
-            first = factors.to(tl.int32).to(tl.float32, bitcast=True)
-            second = (factors >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            low, high = words[2 * pair], words[2 * pair + 1]
-            even = _add(second, widen_low(high), even, seen > 2 * pair + 1, MASKED)
-            odd = _add(second, widen_high(high), odd, seen > 2 * pair + 1, MASKED)
-            even = _add(first, widen_low(low), even, seen > 2 * pair, MASKED)
-            odd = _add(first, widen_high(low), odd, seen > 2 * pair, MASKED)
-            for key in tl.static_range(2):
-                fresh = fresh + (tl.load(v_ptrs[tile] + (2 * i + key) * (HEAD_DIM // 2), mask=has_next),)
-    return even, odd, fresh
+def _hide(words, seen, AHEAD: tl.constexpr):
+    """Put +0 where a row does not see a key of the first tile. As p is -0 there, the chain stays as it is (A7)."""
+    hidden = ()
+    for i in tl.static_range(TILE):
+        hidden = hidden + (tl.where(seen > i, words[i], 0),)
+    for i in tl.static_range((AHEAD - 1) * TILE):
+        hidden = hidden + (words[TILE + i],)
+    return hidden
 
 
 @triton.jit
-def _add(factor, value, total, is_seen, MASKED: tl.constexpr):
-    """Take one step of a chain, where the key is seen."""
-    step = tl.fma(factor, value, total)
-    return tl.where(is_seen, step, total) if MASKED else step
+def _add_tile(even, odd, words, factors, p_ptrs):
+    """Add a tile of keys.
+
+    `factors` are the first GROUPED pairs of p; those of the next tile are returned, so that they are always on the way.
+    """
+    for start in tl.static_range(0, TILE // 2, GROUPED):
+        upcoming = load_rows(p_ptrs + (start + GROUPED), None, 1, GROUPED)
+        for i in tl.static_range(GROUPED):
+            low, high = words[2 * (start + i)], words[2 * (start + i) + 1]
+            first, second = _first(factors[i]), _second(factors[i])
+            even = tl.fma(first, widen_low(low), tl.fma(second, widen_low(high), even))
+            odd = tl.fma(first, widen_high(low), tl.fma(second, widen_high(high), odd))
+        factors = upcoming
+    return even, odd, factors
 
 
 @triton.jit
-def _tiles(place, trip, BLOCK_TILES: tl.constexpr, TILES: tl.constexpr):
-    """Point to a trip's tiles of V; past the last tile, to the last one."""
-    ptrs, last_tile, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own = place
-    found = ()
-    for i in tl.static_range(TILES):
-        tile = tl.minimum(trip * TILES + i, last_tile)
-        in_pool = tile < shared_tiles
-        block = tl.load(blocks_ptr + (tile // BLOCK_TILES) * 2, mask=in_pool, other=0) // 2
-        offset = block + (tile % BLOCK_TILES) * stride_tile + shared
-        found = found + (ptrs + tl.where(in_pool, offset, own + tile * stride_st),)
-    return found
+def _first(pair):
+    """Return the fp32 at the smaller address of an int64."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(pair):
+    """Return the other fp32 of an int64."""
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tile_offset(place, tile, BLOCK_TILES: tl.constexpr):
+    """Where a tile of V begins, in words from the pool; past the last tile, where that one does."""
+    last_tile, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own = place
+    tile = tl.minimum(tile, last_tile)
+    in_pool = tile < shared_tiles
+    block = tl.load(blocks_ptr + (tile // BLOCK_TILES) * 2, mask=in_pool, other=0) // 2
+    return tl.where(in_pool, block + (tile % BLOCK_TILES) * stride_tile + shared, own + tile * stride_st)
 
 
 @triton.jit

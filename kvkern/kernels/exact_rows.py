@@ -39,5 +39,5 @@ def load_words(ptrs, mask, step: tl.constexpr, COUNT: tl.constexpr):
     """Load COUNT words that lie `step` apart: a tuple of tensors, so that all of the loads are under way together."""
     words = ()
     for i in tl.static_range(COUNT):
-        words = words + (tl.load(ptrs + i * step, mask=mask, other=0),)
+        words = words + (tl.load(ptrs + i * step, mask=mask),)
     return words

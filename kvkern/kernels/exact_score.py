@@ -13,20 +13,39 @@ COUNTERS = tl.constexpr(16)
 """Counters of a row: of its softmax, then of each piece of its output."""
 
 
-@triton.jit
-def score_block(
-    block, part, b, kv_head, q_ptr, pool_ptr, table_ptr, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr,
-    t_ptr, top_ptr, arrived_ptr, stride_qb, stride_qh, stride_qt, suffix_start, stride_sb, stride_sh, stride_st,
-    stride_tile, layer_offset, max_blocks, num_rows, max_query_len, first_query, key_capacity, sm_scale,
+# No integer is compiled in because it is 1 or a multiple of 16: what the gate compiles is what runs, for any shape.
+INTEGERS = [
+    "stride_qb", "stride_qh", "stride_qt", "suffix_start", "stride_sb", "stride_sh", "stride_st", "stride_tile",
+    "layer_offset", "max_blocks", "num_rows", "max_query_len", "first_query", "key_capacity",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def score_kernel(
+    q_ptr,  # [B, Hq, Tq, D / 2] words of two channels
+    pool_ptr,  # words; all tiles are addressed from here
+    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr,  # int32
+    t_ptr,  # [rows, key_capacity / 2] words of two scores
+    top_ptr,  # [rows, key_capacity / (2 * WORDS)] int32, order keys of the largest scores
+    arrived_ptr,  # [rows, COUNTERS] int32, cleared here
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,  # words
+    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; K of the suffixes
+    stride_tile: tl.int64, layer_offset: tl.int64,  # words
+    max_blocks, num_rows, max_query_len, first_query,
+    key_capacity: tl.int64,
+    sm_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
     WORDS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Score ROWS rows against 2 * WORDS keys; arguments as in `exact.score_kernel`."""
+    """Score ROWS rows against 2 * WORDS keys, and leave the largest score of each row."""
+    block, part = tl.program_id(0), tl.program_id(2)
+    b, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(reader_prefix_ptr + b)
     shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
     keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
     first_word = part * WORDS
-    first_out = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + block * ROWS
+    first_out = tl.program_id(1).to(tl.int64) * num_rows + block * ROWS
     last_row = tl.minimum(block * ROWS + ROWS, num_rows) - 1
     most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
     if part == 0:  # the counters of these rows, which later launches count on
@@ -52,21 +71,24 @@ def score_block(
             q_starts = q_starts + (q_ptr + b * stride_qb + head * stride_qh + query * stride_qt,)
             even = even + (tl.zeros([WORDS], tl.float32),)
             odd = odd + (tl.zeros([WORDS], tl.float32),)
-        words = load_words(k_ptrs, word >= 0, TILE // 2, 2 * UNROLL)
+        words = ()
+        for _ in tl.static_range(2 * UNROLL):
+            words = words + (tl.zeros([WORDS], tl.int32),)
         # A loop that carries the next trip's words keeps their loads under way; unrolled, the compiler delays them.
-        for start in range(0, HEAD_DIM // 2, UNROLL):
-            k_ptrs += UNROLL * TILE
+        for start in range(-UNROLL, HEAD_DIM // 2, UNROLL):
             upcoming = load_words(k_ptrs, word * 0 + start + UNROLL < HEAD_DIM // 2, TILE // 2, 2 * UNROLL)
-            for i in tl.static_range(UNROLL):
-                next_even = ()
-                next_odd = ()
-                for r in tl.static_range(ROWS):
-                    q = tl.load(q_starts[r] + start + i)
-                    low, high = words[2 * i], words[2 * i + 1]
-                    next_even = next_even + (add_pair(q, widen_low(low), widen_low(high), even[r]),)
-                    next_odd = next_odd + (add_pair(q, widen_high(low), widen_high(high), odd[r]),)
-                even = next_even
-                odd = next_odd
+            k_ptrs += UNROLL * TILE
+            if start >= 0:  # the first trip only asks for words
+                for i in tl.static_range(UNROLL):
+                    next_even = ()
+                    next_odd = ()
+                    for r in tl.static_range(ROWS):
+                        q = tl.load(q_starts[r] + start + i)
+                        low, high = words[2 * i], words[2 * i + 1]
+                        next_even = next_even + (add_pair(q, widen_low(low), widen_low(high), even[r]),)
+                        next_odd = next_odd + (add_pair(q, widen_high(low), widen_high(high), odd[r]),)
+                    even = next_even
+                    odd = next_odd
             words = upcoming
         for r in tl.static_range(ROWS):
             row = block * ROWS + r

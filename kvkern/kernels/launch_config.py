@@ -18,35 +18,37 @@ _NEAREST = {"sm80": "sm80", "sm86": "sm80", "sm89": "sm80", "sm90": "sm90", "sm1
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """How the two exact kernels are launched.
+    """How the three exact kernels are launched.
 
     Attributes:
-        warps: of a program.
         score_rows: query rows that a score program takes at most.
         score_words: words of two keys that a score program takes.
         score_unroll: channel pairs whose loads are in flight together.
+        score_warps: warps of a score program.
         softmax_keys: keys of a row per pass.
         softmax_passes: passes of a program; a longer row has more programs.
         softmax_steps: groups of 16 keys whose loads are in flight together.
+        softmax_warps: warps of a softmax program.
         output_rows: query rows that an output program takes at most, a power of two.
         output_lanes: rows times words of two channels of an output program, at most.
-        output_tiles: tiles of V in flight together; they divide a run of 512 keys.
+        output_ahead: tiles of V that are asked for ahead of the one that is computed.
+        output_warps: warps of an output program.
         fold_runs: run sums whose loads are in flight together.
-        halves_from: room for keys from which on KV heads go in halves.
     """
 
-    warps: int
     score_rows: int
     score_words: int
     score_unroll: int
+    score_warps: int
     softmax_keys: int
     softmax_passes: int
     softmax_steps: int
+    softmax_warps: int
     output_rows: int
     output_lanes: int
-    output_tiles: int
+    output_ahead: int
+    output_warps: int
     fold_runs: int
-    halves_from: int
 
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""
@@ -58,10 +60,6 @@ class ExactConfig:
         words = min(max(self.output_lanes // rows, 16), 1 << (head_dim // 2 - 1).bit_length())
         pieces = -(-head_dim // 2 // words)
         return rows, words, pieces
-
-    def goes_in_halves(self, kv_heads: int, key_capacity: int) -> bool:
-        """Whether softmax of one half of the KV heads goes beside scores or output of the other; by shape alone."""
-        return kv_heads % 2 == 0 and key_capacity >= self.halves_from
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import append as append_module
 from kvkern.kernels import exact
-from kvkern.kernels.exact_launch import launch, scratch_layout, stages
+from kvkern.kernels.exact import LAUNCHES, launch, scratch_layout
 from kvkern.kernels.launch_config import ExactConfig, exact_config
 
 
@@ -54,13 +54,6 @@ def scratch_bytes(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k: Te
     config = config_for(q.device)
     least, most = (scratch_layout(batch * heads * n, head_dim, tiles, config).nbytes for n in (1, max(rows, 1)))
     return max(least, min(most, bound_bytes))
-
-
-def launches(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k: Tensor) -> int:
-    """Kernel launches of one exact call of one layer, when its scratch holds all of Tq."""
-    config = config_for(q.device)
-    capacity = scratch_layout(1, q.shape[3], block_table.shape[1] * block_tiles + suffix_k.shape[2], config)
-    return len(stages(suffix_k.shape[1], capacity.key_capacity, config))
 
 
 def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
@@ -110,7 +103,6 @@ def attend(
     """
     config = config or config_for(q.device)
     batch, num_q_heads, max_query_len, head_dim = q.shape
-    num_kv_heads, group = suffix_k.shape[1], num_q_heads // suffix_k.shape[1]
     tile_capacity = block_table.shape[1] * block_tiles + suffix_k.shape[2]
     position_rows = batch * num_q_heads
     if batch == 0 or max_query_len == 0:
@@ -124,13 +116,12 @@ def attend(
             f"scratch is {scratch.numel()} bytes; it must be at least {need(position_rows).nbytes}, what one query "
             "position of all readers needs"
         )
+    lengths = (prefix_len, reader_prefix, suffix_len, query_len)
+    place = (block_table, block_tiles, stride_tile, layer_offset)
     for first_query in range(0, max_query_len, slice_len):
         queries = min(slice_len, max_query_len - first_query)
         layout = need(position_rows * queries)
-        shared = {
-            "pool_ptr": pool.view(torch.int32), "table_ptr": block_table, "prefix_len_ptr": prefix_len,
-            "reader_prefix_ptr": reader_prefix, "suffix_len_ptr": suffix_len, "query_len_ptr": query_len,
-            "stride_tile": stride_tile // 2, "layer_offset": layer_offset // 2, "max_blocks": block_table.shape[1],
-            "max_query_len": max_query_len, "first_query": first_query, "BLOCK_TILES": block_tiles,
-        }  # fmt: skip
-        launch(q, out, lse, suffix_k, suffix_v, scratch, shared, queries, sm_scale, key_run, layout, config)
+        launch(
+            q, out, lse, lengths, pool, place, suffix_k, suffix_v, scratch, layout, (first_query, queries),
+            sm_scale, key_run, config,
+        )  # fmt: skip
