@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
     from kvkern.kernels.launch_config import ExactConfig
 
-LAUNCHES = 3
-"""Kernel launches of one exact call of one layer."""
-
 
 @dataclass(frozen=True)
 class ScratchLayout:
@@ -76,7 +73,14 @@ def scratch_layout(rows: int, head_dim: int, tile_capacity: int, config: ExactCo
     keys = -(-tile_capacity * TILE_TOKENS // step) * step
     runs = -(-keys // KEY_RUN)
     tops = keys // (2 * config.score_words)
-    sizes = [rows * keys * 2, rows * keys * 4, runs * rows * head_dim * 4, rows * tops * 4, rows * 4, rows * COUNTERS.value * 4]
+    sizes = [
+        rows * keys * 2,
+        rows * keys * 4,
+        runs * rows * head_dim * 4,
+        rows * tops * 4,
+        rows * 4,
+        rows * COUNTERS.value * 4,
+    ]
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // 256) * 256)
@@ -149,9 +153,9 @@ def launch(
     )  # fmt: skip
     output_rows, output_words, pieces = config.output_shape(num_rows, head_dim)
     output_kernel[(-(-num_rows // output_rows), heads * pieces, layout.runs)](
-        array(layout.e, torch.int64), words, table, *lengths, array(layout.partial, torch.float32), flag, arrived,
+        array(layout.e, torch.int64), words, table, *lengths, array(layout.partial, torch.int64), flag, arrived,
         out.view(torch.int16), (suffix_v.data_ptr() - pool.data_ptr()) // 4, *strides, *out.stride()[:3],
         table.shape[1], *rows, key_run, heads * num_rows, capacity,
-        ROWS=output_rows, WORDS=output_words, PIECES=pieces, AHEAD=config.output_ahead, RUNS=config.fold_runs,
+        ROWS=output_rows, WORDS=output_words, PIECES=pieces, TILES=config.output_tiles, RUNS=config.fold_runs,
         num_warps=config.output_warps, **tiles,
     )  # fmt: skip

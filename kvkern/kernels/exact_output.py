@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import all_keys, load_words, run_shift, visible_keys
+from kvkern.kernels.exact_rows import all_keys, run_shift, visible_keys
 from kvkern.kernels.exact_score import COUNTERS
 from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
 
 TILE = tl.constexpr(64)
 GROUPED = tl.constexpr(8)
-"""Pairs of p that are loaded together. The last load of a row ends up to 64 bytes behind it, inside the scratch."""
+"""Pairs of p that are loaded together. Loads begin a trip before a run and end 64 bytes behind it, in the scratch."""
 
 
 INTEGERS = [
@@ -26,7 +26,7 @@ def output_kernel(
     pool_ptr,  # words; all tiles are addressed from here
     table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    partial_ptr,  # [runs, rows, D] fp32
+    partial_ptr,  # [runs, rows, D / 2] int64, run sums: pairs of fp32
     flag_ptr,  # [rows] int32, 1 for a row that is NaN
     arrived_ptr,  # [rows, COUNTERS] int32; all but the first count programs here, for each piece of the channels
     out_ptr,  # [B, Tq, Hq, D] int16
@@ -36,7 +36,7 @@ def output_kernel(
     max_blocks, num_rows, max_query_len, first_query, key_run,
     total_rows: tl.int64, key_capacity: tl.int64,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    WORDS: tl.constexpr, PIECES: tl.constexpr, AHEAD: tl.constexpr, RUNS: tl.constexpr,
+    WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels."""
     block, piece, reader_head = tl.program_id(0), tl.program_id(1) % PIECES, tl.program_id(1) // PIECES
@@ -55,36 +55,46 @@ def output_kernel(
         out_row = reader_head.to(tl.int64) * num_rows + row
         fewest = keys - (max_query_len - 1 - (first_query + first_row // GROUP))
         end_key = tl.minimum(first_key + (1 << shift), most)
-        first, end = first_key // TILE, (end_key + TILE - 1) // TILE
-        whole = tl.minimum(fewest, end_key) // TILE  # every row sees all keys of the tiles before
+        first, end = first_key // (TILES * TILE), (end_key + TILES * TILE - 1) // (TILES * TILE)
         blocks_ptr = table_ptr + (prefix * max_blocks).to(tl.int64) * 2 + 1
         shared = layer_offset + kv_head * (HEAD_DIM * TILE // 2)
         own = suffix_start + b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
-        place = (tl.maximum(end - 1, 0), shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
-        offset = _tile_offset(place, first, BLOCK_TILES)
+        place = (tl.maximum(end_key - 1, 0) // TILE, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
+        offsets = _offsets(place, first, BLOCK_TILES, TILES)
         v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)
         p_ptrs = p_ptr + out_row * (key_capacity // 2)
         even, odd = tl.zeros([ROWS * WORDS], tl.float32), tl.zeros([ROWS * WORDS], tl.float32)
-        factors = load_rows(p_ptrs + first * (TILE // 2), None, 1, GROUPED)
+        factors = load_rows(p_ptrs + (first - 1) * (TILES * TILE // 2), None, 1, GROUPED)
         words = ()
-        for _ in tl.static_range(AHEAD * TILE):
+        for _ in tl.static_range(TILES * TILE):
             words = words + (tl.zeros([ROWS * WORDS], tl.int32),)
-        for tile in range(first - AHEAD, end):  # tile + AHEAD is asked for while `tile` is computed
-            upcoming = load_words(v_ptrs + offset, lane * 0 + tile + AHEAD < end, HEAD_DIM // 2, TILE)
-            offset = _tile_offset(place, tile + AHEAD + 1, BLOCK_TILES)
-            if tile >= first:
-                if tile >= whole:
-                    seen = keys - (max_query_len - 1 - (first_query + row // GROUP)) - tile * TILE
-                    words = _hide(words, seen, AHEAD)
-                even, odd, factors = _add_tile(even, odd, words, factors, p_ptrs + tile * (TILE // 2))
-            waiting = ()
-            for i in tl.static_range((AHEAD - 1) * TILE):
-                waiting = waiting + (words[TILE + i],)
-            words = waiting + upcoming
+        # Each word of V is asked for when the one that it replaces has been spent. The first trip only asks: what it
+        # computes, from whatever lies before this run in p, is dropped.
+        for trip in range(first - 1, end):
+            if (trip + 1) * (TILES * TILE) > fewest:
+                seen = keys - (max_query_len - 1 - (first_query + row // GROUP))
+                words = _hide(words, seen - trip * (TILES * TILE), TILES)
+            v_next, offsets = offsets, _offsets(place, trip + 2, BLOCK_TILES, TILES)
+            p_here, has_next = p_ptrs + trip * (TILES * TILE // 2), lane * 0 + trip + 1 < end
+            fresh = ()
+            for tile in tl.static_range(TILES):
+                for start in tl.static_range(0, TILE // 2, GROUPED):
+                    upcoming = load_rows(p_here + (TILE // 2 * tile + start + GROUPED), None, 1, GROUPED)
+                    for i in tl.static_range(GROUPED):
+                        low = words[TILE * tile + 2 * (start + i)]
+                        high = words[TILE * tile + 2 * (start + i) + 1]
+                        one, two = _first(factors[i]), _second(factors[i])
+                        even = tl.fma(one, widen_low(low), tl.fma(two, widen_low(high), even))
+                        odd = tl.fma(one, widen_high(low), tl.fma(two, widen_high(high), odd))
+                        ptrs = v_ptrs + v_next[tile] + 2 * (start + i) * (HEAD_DIM // 2)
+                        fresh = fresh + load_rows(ptrs, has_next, HEAD_DIM // 2, 2)
+                    factors = upcoming
+            words = fresh
+            even, odd = tl.where(trip < first, 0.0, even), tl.where(trip < first, 0.0, odd)
         inside = (word < HEAD_DIM // 2) & (first_row + lane // WORDS < num_rows)
-        sums = partial_ptr + out_row * HEAD_DIM + 2 * word
-        tl.store(sums + run * total_rows * HEAD_DIM, even, mask=inside)
-        tl.store(sums + run * total_rows * HEAD_DIM + 1, odd, mask=inside)
+        sums = partial_ptr + out_row * (HEAD_DIM // 2) + word
+        low, high = even.to(tl.int32, bitcast=True).to(tl.int64), odd.to(tl.int32, bitcast=True).to(tl.int64)
+        tl.store(sums + run * total_rows * (HEAD_DIM // 2), (low & 0xFFFFFFFF) | (high << 32), mask=inside)
         tl.debug_barrier()  # all stores of this program come before its arrival
         first_out = reader_head.to(tl.int64) * num_rows + first_row
         count = tl.atomic_add(arrived_ptr + first_out * COUNTERS + 1 + piece, 1, sem="acq_rel", scope="gpu")
@@ -95,39 +105,29 @@ def output_kernel(
             visible = visible_keys(keys, query, query_len, max_query_len)
             out_ptrs = out_ptr + b * stride_ob + query * stride_ot + head * stride_oh + 2 * word
             is_nan = tl.load(flag_ptr + out_row) != 0
+            own_runs = (visible + (1 << shift) - 1) >> shift
+            even, odd = _fold(sums, own_runs, runs, total_rows * (HEAD_DIM // 2), inside, RUNS)
             for half in tl.static_range(2):
-                own_runs = (visible + (1 << shift) - 1) >> shift
-                total = _fold(sums + half, own_runs, runs, total_rows * HEAD_DIM, inside, RUNS)
-                bits = tl.where(is_nan, 0x7FC0, rounded_bits(total))
+                bits = tl.where(is_nan, 0x7FC0, rounded_bits(odd if half else even))
                 tl.store(out_ptrs + half, tl.where(visible > 0, bits, 0).to(tl.int16), mask=inside)
 
 
 @triton.jit
-def _hide(words, seen, AHEAD: tl.constexpr):
-    """Put +0 where a row does not see a key of the first tile. As p is -0 there, the chain stays as it is (A7)."""
+def _hide(words, seen, TILES: tl.constexpr):
+    """Put +0 where a row does not see a key. As p is -0 there, the chain stays as it is (A7)."""
     hidden = ()
-    for i in tl.static_range(TILE):
+    for i in tl.static_range(TILES * TILE):
         hidden = hidden + (tl.where(seen > i, words[i], 0),)
-    for i in tl.static_range((AHEAD - 1) * TILE):
-        hidden = hidden + (words[TILE + i],)
     return hidden
 
 
 @triton.jit
-def _add_tile(even, odd, words, factors, p_ptrs):
-    """Add a tile of keys.
-
-    `factors` are the first GROUPED pairs of p; those of the next tile are returned, so that they are always on the way.
-    """
-    for start in tl.static_range(0, TILE // 2, GROUPED):
-        upcoming = load_rows(p_ptrs + (start + GROUPED), None, 1, GROUPED)
-        for i in tl.static_range(GROUPED):
-            low, high = words[2 * (start + i)], words[2 * (start + i) + 1]
-            first, second = _first(factors[i]), _second(factors[i])
-            even = tl.fma(first, widen_low(low), tl.fma(second, widen_low(high), even))
-            odd = tl.fma(first, widen_high(low), tl.fma(second, widen_high(high), odd))
-        factors = upcoming
-    return even, odd, factors
+def _offsets(place, trip, BLOCK_TILES: tl.constexpr, TILES: tl.constexpr):
+    """Where the tiles of a trip begin."""
+    offsets = ()
+    for i in tl.static_range(TILES):
+        offsets = offsets + (_tile_offset(place, trip * TILES + i, BLOCK_TILES),)
+    return offsets
 
 
 @triton.jit
@@ -155,12 +155,14 @@ def _tile_offset(place, tile, BLOCK_TILES: tl.constexpr):
 @triton.jit
 def _fold(sums, runs, most_runs, stride, inside, RUNS: tl.constexpr):
     """Add the run sums of every lane, left to right; RUNS of them are loaded together."""
-    total = tl.load(sums, mask=inside & (runs > 0), other=0.0)
-    for first in range(1, most_runs, RUNS):
-        run_sums = ()
+    pair = tl.load(sums, mask=inside & (runs > 0), other=0)
+    even, odd = _first(pair), _second(pair)
+    for start in range(1, most_runs, RUNS):
+        pairs = ()
         for i in tl.static_range(RUNS):
-            ptrs = sums + (first + i) * stride
-            run_sums = run_sums + (tl.load(ptrs, mask=inside & (first + i < runs), other=0.0),)
+            ptrs = sums + (start + i) * stride
+            pairs = pairs + (tl.load(ptrs, mask=inside & (start + i < runs), other=0),)
         for i in tl.static_range(RUNS):
-            total = tl.where(first + i < runs, total + run_sums[i], total)
-    return total
+            even = tl.where(start + i < runs, even + _first(pairs[i]), even)
+            odd = tl.where(start + i < runs, odd + _second(pairs[i]), odd)
+    return even, odd

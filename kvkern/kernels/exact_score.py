@@ -10,7 +10,7 @@ from kvkern.kernels.primitives import NAN_KEY, order_key, round16, widen_high, w
 
 TILE = tl.constexpr(64)
 COUNTERS = tl.constexpr(16)
-"""Counters of a row: of its softmax, then of each piece of its output."""
+"""Counters of a row: one of its softmax, and one of each piece of its output, of which there are 8 at most."""
 
 
 # No integer is compiled in because it is 1 or a multiple of 16: what the gate compiles is what runs, for any shape.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import all_keys, load_words, visible_keys
+from kvkern.kernels.exact_rows import all_keys, visible_keys
 from kvkern.kernels.exact_score import COUNTERS
 from kvkern.kernels.primitives import (
     INFINITY_KEY,
@@ -40,7 +40,7 @@ def softmax_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Take exponentials of PASSES * KEYS keys of a row; the last program of the row adds them up and makes p of them."""
+    """Take exponentials of PASSES * KEYS keys of a row; its last program adds them up and makes p of them."""
     row, part = tl.program_id(0), tl.program_id(2)
     b, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     query = first_query + row // GROUP

@@ -31,7 +31,7 @@ class ExactConfig:
         softmax_warps: warps of a softmax program.
         output_rows: query rows that an output program takes at most, a power of two.
         output_lanes: rows times words of two channels of an output program, at most.
-        output_ahead: tiles of V that are asked for ahead of the one that is computed.
+        output_tiles: tiles of V in flight together, 1, 2 or 4; as many times 64 keys divide softmax_keys.
         output_warps: warps of an output program.
         fold_runs: run sums whose loads are in flight together.
     """
@@ -46,7 +46,7 @@ class ExactConfig:
     softmax_warps: int
     output_rows: int
     output_lanes: int
-    output_ahead: int
+    output_tiles: int
     output_warps: int
     fold_runs: int
 
@@ -55,9 +55,10 @@ class ExactConfig:
         return math.gcd(self.score_unroll, head_dim // 2)
 
     def output_shape(self, num_rows: int, head_dim: int) -> tuple[int, int, int]:
-        """Rows and words of an output program, and pieces of a row of V; rows and words are powers of two."""
+        """Rows and words of an output program, both powers of two, and pieces of a row of V, at most 8."""
         rows = 1 << (min(self.output_rows, num_rows) - 1).bit_length()
-        words = min(max(self.output_lanes // rows, 16), 1 << (head_dim // 2 - 1).bit_length())
+        full = 1 << (head_dim // 2 - 1).bit_length()
+        words = min(max(self.output_lanes // rows, full // 8), full)
         pieces = -(-head_dim // 2 // words)
         return rows, words, pieces
 

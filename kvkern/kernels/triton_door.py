@@ -1,4 +1,4 @@
-"""The door to the Triton kernels: devices, scratch and launches. Allocates nothing, validates nothing, never synchronises."""
+"""The door to the Triton kernels: devices, scratch, launches. Neither allocates nor validates nor synchronises."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import append as append_module
 from kvkern.kernels import exact
-from kvkern.kernels.exact import LAUNCHES, launch, scratch_layout
+from kvkern.kernels.exact import launch, scratch_layout
 from kvkern.kernels.launch_config import ExactConfig, exact_config
+
+LAUNCHES = 3
+"""Kernel launches of one exact call of one layer."""
 
 
 @functools.cache
