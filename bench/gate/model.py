@@ -99,7 +99,7 @@ class Cost:
 SCORE_ROW, SCORE_PAIR = 7, 6
 """Instructions of a pair of channels for 64 keys: of a row a load, widening and 4 fmas; of K loads and widening."""
 OUTPUT_PAIR = 14
-"""The same of a pair of keys for one row and 64 channels, as compiled for sm90: 4 fmas, 4 widenings, 3 loads, zeroes."""
+"""The same of a pair of keys for one row and 64 channels: as compiled, 4 fmas, 4 widenings, 3 loads, zeroes."""
 EXP, PROBABILITY = 34, 10
 """Instructions for 32 keys: the exponential with its load and store; p with its own."""
 
@@ -118,7 +118,8 @@ def costs(
     blocks = GROUP // output_rows
     output_programs = readers * KV_HEADS * pieces * runs * blocks
     ahead = config.output_tiles * TILE
-    fold = 3 + -(-(runs - 1) // config.fold_runs)  # arriving is a fence and an atomic; the flag and first sums; batches
+    # Arriving is a fence and an atomic; then batches of run sums, the flag and the first sum among the first batch.
+    fold = 2 + max(1, -(-(runs - 1) // config.fold_runs))
     part = config.softmax_keys * config.softmax_passes
     parts = -(-keys // part)
 

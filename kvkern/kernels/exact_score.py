@@ -75,7 +75,8 @@ def score_kernel(
         for _ in tl.static_range(2 * UNROLL):
             words = words + (tl.zeros([WORDS], tl.int32),)
         # A loop that carries the next trip's words keeps their loads under way; unrolled, the compiler delays them.
-        for start in range(-UNROLL, HEAD_DIM // 2, UNROLL):
+        # Its end, HEAD_DIM / 2, is written so that no compiler knows it.
+        for start in range(-UNROLL, tl.minimum(HEAD_DIM // 2, most + HEAD_DIM), UNROLL):
             upcoming = load_words(k_ptrs, word * 0 + start + UNROLL < HEAD_DIM // 2, TILE // 2, 2 * UNROLL)
             k_ptrs += UNROLL * TILE
             if start >= 0:  # the first trip only asks for words
