@@ -20,6 +20,7 @@ TARGETS = {
 }
 _POINTEE = {
     "t": "i32",
+    "p": "i64",
     "table": "i64",
     "e": "fp32",
     "partial": "fp32",

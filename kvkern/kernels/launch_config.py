@@ -18,21 +18,22 @@ _NEAREST = {"sm80": "sm80", "sm86": "sm80", "sm89": "sm80", "sm90": "sm90", "sm1
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """How the four exact kernels are launched.
+    """How the three exact kernels are launched.
 
     Attributes:
         score_rows: query rows that a score program takes at most.
         score_words: words of two keys that a score program takes.
         score_unroll: channel pairs whose loads are in flight together.
         score_warps: warps of a score program.
-        softmax_keys: keys per pass of a row.
+        softmax_keys: keys of a row per pass.
+        softmax_passes: passes of a program; a longer row has more programs.
         softmax_steps: groups of 16 keys whose loads are in flight together.
-        softmax_warps: warps of a row's program.
-        output_rows: query rows that an output program takes at most.
-        output_words: words of two channels that an output program takes.
+        softmax_warps: warps of a softmax program.
+        output_rows: query rows that an output program takes at most, a power of two.
+        output_lanes: rows times words of two channels of an output program, at most.
+        output_tiles: tiles of V in flight together, 1, 2 or 4; as many times 64 keys divide softmax_keys.
         output_warps: warps of an output program.
         fold_runs: run sums whose loads are in flight together.
-        fold_warps: warps of a fold program.
     """
 
     score_rows: int
@@ -40,21 +41,26 @@ class ExactConfig:
     score_unroll: int
     score_warps: int
     softmax_keys: int
+    softmax_passes: int
     softmax_steps: int
     softmax_warps: int
     output_rows: int
-    output_words: int
+    output_lanes: int
+    output_tiles: int
     output_warps: int
     fold_runs: int
-    fold_warps: int
 
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""
         return math.gcd(self.score_unroll, head_dim // 2)
 
-    def output_words_for(self, head_dim: int) -> int:
-        """Words of an output program: no more than a row of V has, rounded up to a power of two."""
-        return min(self.output_words, 1 << (head_dim // 2 - 1).bit_length())
+    def output_shape(self, num_rows: int, head_dim: int) -> tuple[int, int, int]:
+        """Rows and words of an output program, both powers of two, and pieces of a row of V, at most 8."""
+        rows = 1 << (min(self.output_rows, num_rows) - 1).bit_length()
+        full = 1 << (head_dim // 2 - 1).bit_length()
+        words = min(max(self.output_lanes // rows, full // 8), full)
+        pieces = -(-head_dim // 2 // words)
+        return rows, words, pieces
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,22 @@
-"""The door to the Triton kernels: scratch and launches. Allocates nothing, validates nothing, never synchronises."""
+"""The door to the Triton kernels: devices, scratch, launches. Neither allocates nor validates nor synchronises."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
-from kvkern.contract import KEY_RUN, TILE_TOKENS
 from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import append as append_module
 from kvkern.kernels import exact
+from kvkern.kernels.exact import launch, scratch_layout
 from kvkern.kernels.launch_config import ExactConfig, exact_config
 
-LAUNCHES = 4
+LAUNCHES = 3
 """Kernel launches of one exact call of one layer."""
-
-
-@dataclass(frozen=True)
-class ScratchLayout:
-    """Where the four arrays of a call lie in its scratch, in bytes; functions of shapes alone.
-
-    Attributes:
-        key_capacity: keys of a row in `t` and `e`.
-        runs: rows of `partial`.
-        t: scores, then p: `[rows, key_capacity]` bf16 bits.
-        e: `[rows, key_capacity]` fp32.
-        partial: `[runs, rows, head_dim]` fp32.
-        flag: `[rows]` int32.
-        nbytes: all of it.
-    """
-
-    key_capacity: int
-    runs: int
-    t: int
-    e: int
-    partial: int
-    flag: int
-    nbytes: int
-
-
-def scratch_layout(rows: int, head_dim: int, tile_capacity: int, config: ExactConfig) -> ScratchLayout:
-    """Lay out the scratch of a call.
-
-    Args:
-        rows: query rows of all readers and heads in one slice of Tq.
-        head_dim: channels.
-        tile_capacity: tiles that a reader may have: those of the block table and those of its suffix.
-        config: whose passes the capacity must be a multiple of.
-    """
-    step = max(config.softmax_keys, 2 * config.score_words, KEY_RUN)
-    keys = -(-tile_capacity * TILE_TOKENS // step) * step
-    runs = -(-keys // KEY_RUN)
-    sizes = [rows * keys * 2, rows * keys * 4, runs * rows * head_dim * 4, rows * 4]
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + -(-size // 256) * 256)
-    return ScratchLayout(keys, runs, *starts)
 
 
 @functools.cache
@@ -149,7 +106,6 @@ def attend(
     """
     config = config or config_for(q.device)
     batch, num_q_heads, max_query_len, head_dim = q.shape
-    num_kv_heads, group = suffix_k.shape[1], num_q_heads // suffix_k.shape[1]
     tile_capacity = block_table.shape[1] * block_tiles + suffix_k.shape[2]
     position_rows = batch * num_q_heads
     if batch == 0 or max_query_len == 0:
@@ -164,48 +120,11 @@ def attend(
             "position of all readers needs"
         )
     lengths = (prefix_len, reader_prefix, suffix_len, query_len)
-    words = pool.view(torch.int32)
-    q_words, base = q.view(torch.int32), pool.data_ptr()
-    suffix_strides = [stride // 2 for stride in suffix_k.stride()[:3]]
-    place = (stride_tile // 2, layer_offset // 2, block_table.shape[1])
-    strict = {"enable_fp_fusion": False}
-    heads = {"KV_HEADS": num_kv_heads, "GROUP": group, **strict}
-    tiles = {**heads, "HEAD_DIM": head_dim, "BLOCK_TILES": block_tiles}
+    place = (block_table, block_tiles, stride_tile, layer_offset)
     for first_query in range(0, max_query_len, slice_len):
         queries = min(slice_len, max_query_len - first_query)
-        num_rows, total_rows = group * queries, position_rows * queries
-        layout = need(total_rows)
-        t, e, run_sums, flag = (scratch[start:] for start in (layout.t, layout.e, layout.partial, layout.flag))
-        t16, t32, e = t.view(torch.int16), t.view(torch.int32), e.view(torch.float32)
-        run_sums, flag = run_sums.view(torch.float32), flag.view(torch.int32)
-        score_rows, output_rows = min(config.score_rows, num_rows), min(config.output_rows, num_rows)
-        score_grid = (-(-num_rows // score_rows), batch * num_kv_heads, layout.key_capacity // (2 * config.score_words))
-        exact.score_kernel[score_grid](
-            q_words, words, block_table, *lengths, t32,
-            *(stride // 2 for stride in q.stride()[:3]), (suffix_k.data_ptr() - base) // 4, *suffix_strides, *place,
-            num_rows, max_query_len, first_query, layout.key_capacity, sm_scale,
-            ROWS=score_rows, WORDS=config.score_words, UNROLL=config.score_unroll_for(head_dim),
-            num_warps=config.score_warps, **tiles,
-        )  # fmt: skip
-        exact.softmax_kernel[(num_rows, batch * num_kv_heads)](
-            t16, e, flag, flag if lse is None else lse, *lengths,
-            num_rows, max_query_len, first_query, layout.key_capacity,
-            KEYS=config.softmax_keys, STEPS=config.softmax_steps, HAS_LSE=lse is not None,
-            num_warps=config.softmax_warps, **heads,
-        )  # fmt: skip
-        output_words = config.output_words_for(head_dim)
-        pieces = -(-head_dim // 2 // output_words)
-        exact.output_kernel[(-(-num_rows // output_rows), batch * num_kv_heads * pieces, layout.runs)](
-            t32, words, block_table, *lengths, run_sums,
-            (suffix_v.data_ptr() - base) // 4, *suffix_strides, *place,
-            num_rows, max_query_len, first_query, key_run, total_rows, layout.key_capacity,
-            ROWS=output_rows, WORDS=output_words, PIECES=pieces,
-            num_warps=config.output_warps, **tiles,
-        )  # fmt: skip
-        exact.fold_kernel[(num_rows, batch * num_kv_heads)](
-            run_sums, flag, out.view(torch.int16), *lengths,
-            out.stride(0), out.stride(1), out.stride(2),
-            num_rows, max_query_len, first_query, key_run, total_rows,
-            HEAD_DIM=head_dim, LANES=1 << (head_dim - 1).bit_length(), RUNS=config.fold_runs,
-            num_warps=config.fold_warps, **heads,
+        layout = need(position_rows * queries)
+        launch(
+            q, out, lse, lengths, pool, place, suffix_k, suffix_v, scratch, layout, (first_query, queries),
+            sm_scale, key_run, config,
         )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Output of the contract (A5): one chain per row, channel and run of keys; the last run to arrive adds the run sums."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.exact_rows import all_keys, run_shift, visible_keys
+from kvkern.kernels.exact_score import COUNTERS
+from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
+
+TILE = tl.constexpr(64)
+GROUPED = tl.constexpr(8)
+"""Pairs of p that are loaded together. Loads begin a trip before a run and end 64 bytes behind it, in the scratch."""
+
+
+INTEGERS = [
+    "suffix_start", "stride_sb", "stride_sh", "stride_st", "stride_tile", "layer_offset", "stride_ob", "stride_ot",
+    "stride_oh", "max_blocks", "num_rows", "max_query_len", "first_query", "key_run", "total_rows", "key_capacity",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def output_kernel(
+    p_ptr,  # [rows, key_capacity / 2] int64, pairs of p in fp32
+    pool_ptr,  # words; all tiles are addressed from here
+    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    partial_ptr,  # [runs, rows, D / 2] int64, run sums: pairs of fp32
+    flag_ptr,  # [rows] int32, 1 for a row that is NaN
+    arrived_ptr,  # [rows, COUNTERS] int32; all but the first count programs here, for each piece of the channels
+    out_ptr,  # [B, Tq, Hq, D] int16
+    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; V of the suffixes
+    stride_tile: tl.int64, layer_offset: tl.int64,  # words
+    stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
+    max_blocks, num_rows, max_query_len, first_query, key_run,
+    total_rows: tl.int64, key_capacity: tl.int64,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels."""
+    block, piece, reader_head = tl.program_id(0), tl.program_id(1) % PIECES, tl.program_id(1) // PIECES
+    run, b, kv_head = tl.program_id(2), reader_head // KV_HEADS, reader_head % KV_HEADS
+    prefix, query_len = tl.load(reader_prefix_ptr + b), tl.load(query_len_ptr + b)
+    shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
+    keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
+    shift = run_shift(key_run, query_len, keys)
+    first_key, first_row = run << shift, block * ROWS
+    last_row = tl.minimum(first_row + ROWS, num_rows) - 1
+    most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
+    if (first_key < most) | (run == 0):
+        lane = tl.arange(0, ROWS * WORDS)
+        word = piece * WORDS + lane % WORDS
+        row = tl.minimum(first_row + lane // WORDS, num_rows - 1)
+        out_row = reader_head.to(tl.int64) * num_rows + row
+        fewest = keys - (max_query_len - 1 - (first_query + first_row // GROUP))
+        end_key = tl.minimum(first_key + (1 << shift), most)
+        first, end = first_key // (TILES * TILE), (end_key + TILES * TILE - 1) // (TILES * TILE)
+        blocks_ptr = table_ptr + (prefix * max_blocks).to(tl.int64) * 2 + 1
+        shared = layer_offset + kv_head * (HEAD_DIM * TILE // 2)
+        own = suffix_start + b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
+        place = (tl.maximum(end_key - 1, 0) // TILE, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
+        offsets = _offsets(place, first, BLOCK_TILES, TILES)
+        v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)
+        p_ptrs = p_ptr + out_row * (key_capacity // 2)
+        even, odd = tl.zeros([ROWS * WORDS], tl.float32), tl.zeros([ROWS * WORDS], tl.float32)
+        factors = load_rows(p_ptrs + (first - 1) * (TILES * TILE // 2), None, 1, GROUPED)
+        words = ()
+        for _ in tl.static_range(TILES * TILE):
+            words = words + (tl.zeros([ROWS * WORDS], tl.int32),)
+        # Each word of V is asked for when the one that it replaces has been spent. The first trip only asks: what it
+        # computes, from whatever lies before this run in p, is dropped.
+        for trip in range(first - 1, end):
+            if (trip + 1) * (TILES * TILE) > fewest:
+                seen = keys - (max_query_len - 1 - (first_query + row // GROUP))
+                words = _hide(words, seen - trip * (TILES * TILE), TILES)
+            v_next, offsets = offsets, _offsets(place, trip + 2, BLOCK_TILES, TILES)
+            p_here, has_next = p_ptrs + trip * (TILES * TILE // 2), lane * 0 + trip + 1 < end
+            fresh = ()
+            for tile in tl.static_range(TILES):
+                for start in tl.static_range(0, TILE // 2, GROUPED):
+                    upcoming = load_rows(p_here + (TILE // 2 * tile + start + GROUPED), None, 1, GROUPED)
+                    for i in tl.static_range(GROUPED):
+                        low = words[TILE * tile + 2 * (start + i)]
+                        high = words[TILE * tile + 2 * (start + i) + 1]
+                        one, two = _first(factors[i]), _second(factors[i])
+                        even = tl.fma(one, widen_low(low), tl.fma(two, widen_low(high), even))
+                        odd = tl.fma(one, widen_high(low), tl.fma(two, widen_high(high), odd))
+                        ptrs = v_ptrs + v_next[tile] + 2 * (start + i) * (HEAD_DIM // 2)
+                        fresh = fresh + load_rows(ptrs, has_next, HEAD_DIM // 2, 2)
+                    factors = upcoming
+            words = fresh
+            even, odd = tl.where(trip < first, 0.0, even), tl.where(trip < first, 0.0, odd)
+        inside = (word < HEAD_DIM // 2) & (first_row + lane // WORDS < num_rows)
+        sums = partial_ptr + out_row * (HEAD_DIM // 2) + word
+        low, high = even.to(tl.int32, bitcast=True).to(tl.int64), odd.to(tl.int32, bitcast=True).to(tl.int64)
+        tl.store(sums + run * total_rows * (HEAD_DIM // 2), (low & 0xFFFFFFFF) | (high << 32), mask=inside)
+        tl.debug_barrier()  # all stores of this program come before its arrival
+        first_out = reader_head.to(tl.int64) * num_rows + first_row
+        count = tl.atomic_add(arrived_ptr + first_out * COUNTERS + 1 + piece, 1, sem="acq_rel", scope="gpu")
+        runs = tl.maximum((most + (1 << shift) - 1) >> shift, 1)
+        if count == runs - 1:
+            tl.debug_barrier()  # and all loads below after the last one's
+            query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
+            visible = visible_keys(keys, query, query_len, max_query_len)
+            out_ptrs = out_ptr + b * stride_ob + query * stride_ot + head * stride_oh + 2 * word
+            is_nan = tl.load(flag_ptr + out_row) != 0
+            own_runs = (visible + (1 << shift) - 1) >> shift
+            even, odd = _fold(sums, own_runs, runs, total_rows * (HEAD_DIM // 2), inside, RUNS)
+            for half in tl.static_range(2):
+                bits = tl.where(is_nan, 0x7FC0, rounded_bits(odd if half else even))
+                tl.store(out_ptrs + half, tl.where(visible > 0, bits, 0).to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _hide(words, seen, TILES: tl.constexpr):
+    """Put +0 where a row does not see a key. As p is -0 there, the chain stays as it is (A7)."""
+    hidden = ()
+    for i in tl.static_range(TILES * TILE):
+        hidden = hidden + (tl.where(seen > i, words[i], 0),)
+    return hidden
+
+
+@triton.jit
+def _offsets(place, trip, BLOCK_TILES: tl.constexpr, TILES: tl.constexpr):
+    """Where the tiles of a trip begin."""
+    offsets = ()
+    for i in tl.static_range(TILES):
+        offsets = offsets + (_tile_offset(place, trip * TILES + i, BLOCK_TILES),)
+    return offsets
+
+
+@triton.jit
+def _first(pair):
+    """Return the fp32 at the smaller address of an int64."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(pair):
+    """Return the other fp32 of an int64."""
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tile_offset(place, tile, BLOCK_TILES: tl.constexpr):
+    """Where a tile of V begins, in words from the pool; past the last tile, where that one does."""
+    last_tile, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own = place
+    tile = tl.minimum(tile, last_tile)
+    in_pool = tile < shared_tiles
+    block = tl.load(blocks_ptr + (tile // BLOCK_TILES) * 2, mask=in_pool, other=0) // 2
+    return tl.where(in_pool, block + (tile % BLOCK_TILES) * stride_tile + shared, own + tile * stride_st)
+
+
+@triton.jit
+def _fold(sums, runs, most_runs, stride, inside, RUNS: tl.constexpr):
+    """Add the run sums of every lane, left to right; RUNS of them are loaded together."""
+    pair = tl.load(sums, mask=inside & (runs > 0), other=0)
+    even, odd = _first(pair), _second(pair)
+    for start in range(1, most_runs, RUNS):
+        pairs = ()
+        for i in tl.static_range(RUNS):
+            ptrs = sums + (start + i) * stride
+            pairs = pairs + (tl.load(ptrs, mask=inside & (start + i < runs), other=0),)
+        for i in tl.static_range(RUNS):
+            even = tl.where(start + i < runs, even + _first(pairs[i]), even)
+            odd = tl.where(start + i < runs, odd + _second(pairs[i]), odd)
+    return even, odd

@@ -1,0 +1,43 @@
+"""What the rows of a call see, and the step that every chain of the contract takes: shared by the exact kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.primitives import widen_high, widen_low
+
+
+@triton.jit
+def all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr):
+    """Keys of a reader."""
+    return tl.load(prefix_len_ptr + tl.load(reader_prefix_ptr + b)) + tl.load(suffix_len_ptr + b)
+
+
+@triton.jit
+def visible_keys(keys, query, query_len, max_query_len):
+    """Keys that a query sees; 0 for padding."""
+    seen = tl.maximum(keys - (max_query_len - 1 - query), 0)
+    return tl.where(query >= max_query_len - query_len, seen, 0)
+
+
+@triton.jit
+def run_shift(key_run, query_len, keys):
+    """Binary logarithm of a reader's KEY_RUN, 512 or 1024; 0 is stock's rule."""
+    is_long = (key_run == 1024) | ((key_run == 0) & (query_len > 1) & (keys > 1024))
+    return tl.where(is_long, 10, 9).to(tl.int32)
+
+
+@triton.jit
+def add_pair(factors, first, second, total):
+    """Add a pair to a chain, the odd element first; the two factors, equal for all lanes, travel in one word."""
+    return tl.fma(widen_low(factors), first, tl.fma(widen_high(factors), second, total))
+
+
+@triton.jit
+def load_words(ptrs, mask, step: tl.constexpr, COUNT: tl.constexpr):
+    """Load COUNT words that lie `step` apart: a tuple of tensors, so that all of the loads are under way together."""
+    words = ()
+    for i in tl.static_range(COUNT):
+        words = words + (tl.load(ptrs + i * step, mask=mask),)
+    return words

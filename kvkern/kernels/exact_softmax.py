@@ -1,0 +1,122 @@
+"""Softmax of the contract (A2 to A4): exponentials by parts of a row, then, by the last part to arrive, sum and p."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvkern.kernels.exact_rows import all_keys, visible_keys
+from kvkern.kernels.exact_score import COUNTERS
+from kvkern.kernels.primitives import (
+    INFINITY_KEY,
+    MINUS_INFINITY_KEY,
+    exp_c,
+    from_order_key,
+    halve16,
+    log_n,
+    round16,
+    widen16,
+)
+
+TILE = tl.constexpr(64)
+TOPS = tl.constexpr(512)
+"""Maxima of score programs that are loaded together."""
+
+
+INTEGERS = ["num_rows", "max_query_len", "first_query", "has_lse", "key_capacity"]
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def softmax_kernel(
+    t_ptr,  # [rows, key_capacity] int16, scores
+    top_ptr,  # [rows, key_capacity / (2 * WORDS)] int32, order keys of the largest of 2 * WORDS scores each
+    e_ptr,  # [rows, key_capacity] fp32: exponentials, then p
+    flag_ptr,  # [rows] int32, 1 for a row that is NaN
+    lse_ptr,  # [B, Hq, Tq] fp32
+    arrived_ptr,  # [rows, COUNTERS] int32; the first counts programs here
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
+    num_rows, max_query_len, first_query, has_lse,
+    key_capacity: tl.int64,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Take exponentials of PASSES * KEYS keys of a row; its last program adds them up and makes p of them."""
+    row, part = tl.program_id(0), tl.program_id(2)
+    b, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    query = first_query + row // GROUP
+    keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
+    visible = visible_keys(keys, query, tl.load(query_len_ptr + b), max_query_len)
+    parts = tl.maximum((visible + PASSES * KEYS - 1) // (PASSES * KEYS), 1)
+    if part < parts:
+        out_row = tl.program_id(1).to(tl.int64) * num_rows + row
+        t_row, e_row = t_ptr + out_row * key_capacity, e_ptr + out_row * key_capacity
+        lane = tl.arange(0, KEYS)
+        first = part * (PASSES * KEYS)
+        t = tl.load(t_row + first + lane, mask=first + lane < visible, other=0)  # on its way while the maximum is found
+        largest, is_nan = _largest(top_ptr + out_row * (key_capacity // (2 * WORDS)), visible, WORDS)
+        end = tl.minimum(first + PASSES * KEYS, visible)
+        for start in range(first, end, KEYS):
+            key = start + lane
+            upcoming = tl.load(t_row + key + KEYS, mask=key + KEYS < end, other=0)
+            e = exp_c(widen16(t) - largest)
+            tl.store(e_row + key, tl.where((key < visible) & (is_nan == 0), e, 0.0))
+            t = upcoming
+        count = parts - 1
+        tl.debug_barrier()  # the sum reads what other threads have just written
+        if parts > 1:
+            count = tl.atomic_add(arrived_ptr + out_row * COUNTERS, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+        if count == parts - 1:
+            total = _probabilities(e_row, visible, key_capacity, KEYS, STEPS)
+            tl.store(flag_ptr + out_row, is_nan.to(tl.int32))
+            if has_lse != 0:
+                nan = tl.full([], 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+                lse = tl.where(is_nan, nan, largest + log_n(total))
+                lse = tl.where(visible > 0, lse, float("-inf"))
+                head = b * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+                tl.store(lse_ptr + head.to(tl.int64) * max_query_len + query, lse)
+
+
+@triton.jit
+def _largest(top_ptr, visible, WORDS: tl.constexpr):
+    """A2, and whether A8 makes the row NaN."""
+    lane = tl.arange(0, TOPS)
+    top = tl.full([TOPS], -0x80000000, tl.int32)
+    blocks = (visible + 2 * WORDS - 1) // (2 * WORDS)
+    for start in range(0, blocks, TOPS):
+        there = start + lane < blocks
+        top = tl.maximum(top, tl.load(top_ptr + start + lane, mask=there, other=-0x80000000))
+    key = tl.max(top, axis=0)
+    return from_order_key(key), (key >= INFINITY_KEY) | (key <= MINUS_INFINITY_KEY)
+
+
+@triton.jit
+def _probabilities(e_row, visible, key_capacity, KEYS: tl.constexpr, STEPS: tl.constexpr):
+    """Add up a row, and turn it into p, kept in fp32; returns the sum. STEPS loads of 16 keys are under way.
+
+    Behind the last visible key p is -0, up to the end of a tile that another row of an output program may see.
+    """
+    sums = tl.zeros([16], tl.float32)
+    lane16, lane = tl.arange(0, 16), tl.arange(0, KEYS)
+    terms = ()
+    for _ in tl.static_range(STEPS):
+        terms = terms + (tl.zeros([16], tl.float32),)  # the first trip adds nothing, and asks for terms
+    for start in range(0, visible + 16 * STEPS, 16 * STEPS):  # the next terms are on their way meanwhile
+        upcoming = ()
+        for step in tl.static_range(STEPS):
+            key = start + 16 * step + lane16
+            upcoming = upcoming + (tl.load(e_row + key, mask=lane16 + start < visible, other=0.0),)
+        for step in tl.static_range(STEPS):
+            sums += terms[step]
+        terms = upcoming
+    e = tl.load(e_row + lane, mask=lane < visible, other=0.0)
+    total = halve16(sums)
+    total = tl.where(total > 0.0, total, 1.0)  # a row that sees nothing, or that is NaN, divides by something
+    reciprocal = tl.div_rn(1.0, total)
+    tl.debug_barrier()  # p takes the place of e, which every warp has added up for itself
+    for start in range(0, tl.minimum(visible + TILE, key_capacity), KEYS):
+        key = start + lane
+        upcoming = tl.load(e_row + key + KEYS, mask=key + KEYS < visible, other=0.0)
+        tl.store(e_row + key, tl.where(key < visible, round16(e * reciprocal), -0.0))
+        e = upcoming
+    return total
