@@ -12,6 +12,7 @@
 
 #include "chain.h"
 #include "kvkern.h"
+#include "scratch.h"
 #include "softmax.h"
 
 #define SPAN_TILES (KEY_RUN / TILE_TOKENS) /* tiles of one work item of the score pass, and of the shortest run */
@@ -349,7 +350,7 @@ int kv_attend(const kv_attention *call) {
     if (call->num_readers == 0 || call->max_query_len == 0) return KVKERN_OK;
     clear_padding(call);
     const int64_t fit = slice_queries(call, fixed, per_query);
-    void *scratch = malloc((size_t)kv_attend_scratch_bytes(call));
+    void *scratch = take_scratch(kv_attend_scratch_bytes(call));
     if (!scratch) return KVKERN_NO_MEMORY;
     for (int64_t first = 0; first < call->max_query_len; first += fit) {
         slice_plan plan = {.call = call, .first_query = first, .end_query = min_of(first + fit, call->max_query_len),
@@ -365,7 +366,7 @@ int kv_attend(const kv_attention *call) {
         plan_spans(&plan);
         run_slice(&plan);
     }
-    free(scratch);
+    give_scratch(scratch);
     return KVKERN_OK;
 }
 

@@ -3,9 +3,8 @@
  * The weight lies k-major, [in][out]: output channels are lanes, as keys are in a K tile. A few rows go over bands of the
  * weight (bands.h); many rows go over panels of 64 channels, copied together once and then read from the cache.
  */
-#include <stdlib.h>
-
 #include "bands.h"
+#include "scratch.h"
 
 #define LANES TILE_TOKENS
 #define SLAB_ROWS 256 /* rows that share one copy of a panel */
@@ -137,9 +136,9 @@ static void many_rows(const kv_linear_call *call, panel_space *spaces, float *wi
 int kv_linear(const kv_linear_call *call) {
     const int is_few = call->rows <= MAX_ROWS;
     const int64_t floats = is_few ? few_floats(call) : min_of(call->rows, SLAB_ROWS) * call->in;
-    panel_space *spaces = malloc((size_t)call->num_threads * sizeof *spaces + (size_t)floats * sizeof(float));
+    panel_space *spaces = take_scratch(call->num_threads * (int64_t)sizeof *spaces + floats * (int64_t)sizeof(float));
     if (!spaces) return KVKERN_NO_MEMORY;
     (is_few ? few_rows : many_rows)(call, spaces, (float *)(spaces + call->num_threads));
-    free(spaces);
+    give_scratch(spaces);
     return KVKERN_OK;
 }
