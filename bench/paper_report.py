@@ -35,27 +35,29 @@ def report(results: dict[str, Any], name: str) -> str:
     host = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
     model = f"{machine['weights']} weights, {machine['layers']} layers, bf16, transformers {machine['transformers']}"
     run = f"A question of {machine['question_tokens']} tokens, {machine['steps']} greedy tokens"
+    luck = (
+        " With random weights the logits lie so close together that which token comes first is a matter of luck once a "
+        "bit differs: the last two columns say nothing about real weights."
+    )
     parts = [
         "# Prefill from scratch against attach and continue: Qwen3-4B",
-        "The question of arXiv 2606.13361, asked of this machine. Written by `python -m bench.paper_table "
-        "--report` from "
-        f"[{name}]({name}): {host}; {model}. {run}. One run a row, on a CPU; no GPU was at hand, and nothing "
-        "is said of "
-        "one.",
-        "`stock` is Hugging Face's default, sdpa; `contract` is the whole model under the numeric contract, "
-        "from scratch "
-        "and attached. Tokens and logits of the attached run are compared with both.",
+        "The question of arXiv 2606.13361, asked of this machine. Written by `python -m bench.paper_table --report` "
+        f"from [{name}]({name}): {host}; {model}. {run}. One run a row, on a CPU; no GPU was at hand, and nothing is "
+        "said of one. 32,768 tokens were not run: their prefill would take hours here.",
+        "`stock` is Hugging Face's default, sdpa; `contract` is the whole model under the numeric contract, from "
+        "scratch and attached. Tokens and logits of the attached run are compared with both.",
         markdown(*_times(rows, machine["steps"])),
-        "`x` is the speed of attaching in times of stock's prefill, until the first token; 1 or less loses. "
-        "A first open "
-        f"in a process also hashes the weights once, {number(machine['weights_digest_s'])} s, which no row counts.",
+        "`x` is the speed of attaching in times of stock's prefill, until the first token; 1 or less loses. `later "
+        "open`: mapped and verified before; `first open`: from the page cache, every byte through SHA-256; `disk`: the "
+        "same after the page cache was dropped. A first open in a process also hashes the weights once, "
+        f"{number(machine['weights_digest_s'])} s, which no row counts.",
         markdown(*_bits(rows, machine["steps"])),
+        "The tokens after the first agree with the contract's in every bit of their logits; stock sdpa computes with "
+        f"other bits.{luck if machine['weights'] == 'random' else ''}",
         markdown(*_worth(rows)),
-        "`pays after`: how many readers it takes until one prefill under the contract, published, and an "
-        "attach for each "
-        "of them (loaded by a first open) is cheaper than stock's prefill for each. `worth fetching above`: "
-        "the bandwidth "
-        "from which on loading the document beats computing it.",
+        "`pays after`: how many readers it takes until one prefill under the contract, published, and an attach for "
+        "each of them (loaded by a first open) is cheaper than stock's prefill for each. `worth fetching above`: the "
+        "bandwidth from which on loading the document beats computing it.",
         "![time to the first token](paper.png)",
     ]
     return "\n\n".join(parts) + "\n"
