@@ -188,6 +188,9 @@ static const uint16_t *tile_of(const kv_attention *call, const reader_plan *read
            (tile - shared_tiles) * call->stride_st;
 }
 
+/* The tile to fetch while this one is read. The reader may end before it: another one of its prefix reads on. */
+static int64_t following(const reader_plan *reader, int64_t tile) { return tile + 1 < reader->tiles ? tile + 1 : tile; }
+
 static row_plan *rows_begin(const slice_plan *plan, int64_t kv_head, int64_t reader) {
     return plan->rows + kv_head * plan->rows_per_head + plan->readers[reader].first_row;
 }
@@ -228,11 +231,9 @@ static void score_tile(const kv_attention *call, row_plan *begin, row_plan *end,
 static void score_span(const slice_plan *plan, const span *work) {
     const reader_plan *reader = &plan->readers[work->first];
     row_plan *begin = rows_begin(plan, work->kv_head, work->first), *end = rows_end(plan, work->kv_head, work->last - 1);
-    const uint16_t *k = tile_of(plan->call, reader, work->kv_head, work->begin, 0);
     for (int64_t tile = work->begin; tile < work->end; tile++) {
-        const uint16_t *upcoming = tile_of(plan->call, reader, work->kv_head, min_of(tile + 1, reader->tiles - 1), 0);
-        score_tile(plan->call, begin, end, tile, k, upcoming);
-        k = upcoming;
+        const uint16_t *k = tile_of(plan->call, reader, work->kv_head, tile, 0);
+        score_tile(plan->call, begin, end, tile, k, tile_of(plan->call, reader, work->kv_head, following(reader, tile), 0));
     }
 }
 
@@ -267,7 +268,7 @@ static void output_rows(const kv_attention *call, row_plan *row, int rows, int64
 static void output_tile(const slice_plan *plan, row_plan *begin, row_plan *end, int64_t kv_head, int64_t run, int64_t tile) {
     const reader_plan *reader = begin->reader;
     const uint16_t *v = tile_of(plan->call, reader, kv_head, tile, 1);
-    const uint16_t *upcoming = tile_of(plan->call, reader, kv_head, min_of(tile + 1, reader->tiles - 1), 1);
+    const uint16_t *upcoming = tile_of(plan->call, reader, kv_head, following(reader, tile), 1);
     for (row_plan *row = begin; row < end; row += MAX_ROWS)
         output_rows(plan->call, row, (int)min_of(MAX_ROWS, end - row), run, tile, v, upcoming);
 }

@@ -70,7 +70,7 @@ static int64_t few_floats(const kv_linear_call *call) {
     return call->rows * (call->num_threads * call->in + (plan.apart ? plan.runs * plan.bands * plan.lanes : 0));
 }
 
-static void few_rows(const kv_linear_call *call, panel_space *spaces, float *widened) {
+static void few_rows(const kv_linear_call *call, panel_space *space, float *widened) {
     const few_plan plan = plan_few(call);
     const int64_t run = run_length(call->in), size = call->rows * plan.lanes, items = plan.bands * (plan.apart ? plan.runs : 1);
     float *sums = widened + call->num_threads * call->rows * call->in; /* [runs, bands, size], where runs go apart */
@@ -85,7 +85,7 @@ static void few_rows(const kv_linear_call *call, panel_space *spaces, float *wid
 #pragma omp for schedule(dynamic) nowait
         for (int64_t item = 0; item < items + (plan.whole < call->out); item++) {
             if (item == items) {
-                panel(call, &spaces[mine], x, 0, call->rows, plan.whole);
+                panel(call, space, x, 0, call->rows, plan.whole);
                 continue;
             }
             const int64_t first = item % plan.bands * plan.lanes, lanes = min_of(plan.lanes, plan.whole - first);
@@ -135,10 +135,11 @@ static void many_rows(const kv_linear_call *call, panel_space *spaces, float *wi
 
 int kv_linear(const kv_linear_call *call) {
     const int is_few = call->rows <= MAX_ROWS;
+    const int64_t panels = is_few ? 1 : call->num_threads;
     const int64_t floats = is_few ? few_floats(call) : min_of(call->rows, SLAB_ROWS) * call->in;
-    panel_space *spaces = take_scratch(call->num_threads * (int64_t)sizeof *spaces + floats * (int64_t)sizeof(float));
+    panel_space *spaces = take_scratch(panels * (int64_t)sizeof *spaces + floats * (int64_t)sizeof(float));
     if (!spaces) return KVKERN_NO_MEMORY;
-    (is_few ? few_rows : many_rows)(call, spaces, (float *)(spaces + call->num_threads));
+    (is_few ? few_rows : many_rows)(call, spaces, (float *)(spaces + panels));
     give_scratch(spaces);
     return KVKERN_OK;
 }

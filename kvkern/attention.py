@@ -72,7 +72,7 @@ class KVView:
 
     @functools.cached_property
     def native_keys(self) -> bytes:
-        """What C must know of this view, put together once; lengths may still change in place."""
+        """What C must know of this view, put together once: for `launch`, whose caller keeps the tensors in place."""
         return native.attention_keys(
             pool=self.pool, block_table=self.block_table, block_tiles=self.block_tiles,
             stride_tile=self.stride_tile, layer_offset=self.layer_offset,
@@ -291,6 +291,7 @@ def prefix_attention(
         made = fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k)
         fast_door.require_workspace(workspace, made, q.device)
     lse = torch.full((batch, num_q_heads, rows), -torch.inf, device=q.device) if return_lse else None
+    vars(kv).pop("native_keys", None)  # its tensors may have moved since the last call
     launch(
         q, kv, out, lse, sm_scale=sm_scale, profile=profile, key_run=key_run, backend=backend,
         scratch_bound_bytes=scratch_bound_bytes, workspace=workspace,
@@ -311,7 +312,10 @@ def launch(
     scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
     workspace: Tensor | None = None,
 ) -> None:
-    """Run a call that has been validated: the hot path of the model patch. Arguments as in `prefix_attention`."""
+    """Run a call that has been validated: the hot path of the model patch. Arguments as in `prefix_attention`.
+
+    The tensors of one `kv` must stay where they are from call to call; what they hold may change.
+    """
     if profile == "fast":
         from kvkern.kernels import ops
 
@@ -408,8 +412,10 @@ def _validate(q: Tensor, kv: KVView) -> None:
     table = kv.block_table
     _need(table.dtype == torch.int64 and table.dim() == 3 and table.shape[2] == 2 and table.is_contiguous(),
          "block_table", f"{tuple(table.shape)} {table.dtype}", "contiguous int64 [P, max_blocks, 2]")  # fmt: skip
-    _need(kv.prefix_len.dtype == torch.int32 and tuple(kv.prefix_len.shape) == (table.shape[0],), "prefix_len",
-         f"{tuple(kv.prefix_len.shape)} {kv.prefix_len.dtype}", f"int32 [{table.shape[0]}]")  # fmt: skip
+    _need(kv.prefix_len.dtype == torch.int32 and tuple(kv.prefix_len.shape) == (table.shape[0],)
+         and kv.prefix_len.is_contiguous(), "prefix_len",
+         f"{tuple(kv.prefix_len.shape)} {kv.prefix_len.dtype} with strides {kv.prefix_len.stride()}",
+         f"contiguous int32 [{table.shape[0]}]")  # fmt: skip
     _need(kv.pool.dtype == torch.bfloat16, "pool", kv.pool.dtype, "bfloat16")
     for name, value in vars(kv).items():
         if isinstance(value, torch.Tensor):

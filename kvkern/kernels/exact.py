@@ -70,7 +70,7 @@ def scratch_layout(rows: int, head_dim: int, tile_capacity: int, config: ExactCo
         config: whose passes the capacity must be a multiple of.
     """
     step = max(config.softmax_keys, 2 * config.score_words, KEY_RUN)  # all of them powers of two
-    keys = -(-tile_capacity * TILE_TOKENS // step) * step
+    keys = -(-max(tile_capacity, 1) * TILE_TOKENS // step) * step
     runs = -(-keys // KEY_RUN)
     tops = keys // (2 * config.score_words)
     sizes = [

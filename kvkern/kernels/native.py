@@ -31,7 +31,7 @@ SCRATCH_BOUND_BYTES = 64 << 20
 
 # Plain loops over lanes need width, not licence: nothing here lets the compiler re-associate, contract or approximate.
 _BIT_SAFE_FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-_SOURCES = ("attention.c", "append.c", "linear.c", "elementwise.c")
+_SOURCES = ("attention.c", "append.c", "linear.c", "elementwise.c", "scratch.c")
 
 _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 

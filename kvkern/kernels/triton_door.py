@@ -56,7 +56,7 @@ def scratch_bytes(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k: Te
     tiles = block_table.shape[1] * block_tiles + suffix_k.shape[2]
     config = config_for(q.device)
     least, most = (scratch_layout(batch * heads * n, head_dim, tiles, config).nbytes for n in (1, max(rows, 1)))
-    return max(least, min(most, bound_bytes))
+    return max(least, min(most, bound_bytes // 256 * 256))
 
 
 def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
@@ -99,7 +99,7 @@ def attend(
     scratch: Tensor,
     config: ExactConfig | None = None,
 ) -> None:
-    """Attend under contract part A; arguments as in `native.attend`, and two more.
+    """Attend under contract part A; arguments as in `native.attend` and `native.attention_keys`, and two more.
 
     `scratch`, uint8: Tq is split so that each slice fits; one query position of all readers must fit. `config`: another
     launch configuration; no bit depends on it.

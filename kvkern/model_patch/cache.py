@@ -190,8 +190,7 @@ class PrefixCache(Cache):
             raise UnsupportedError(
                 f"a batch of {batch} rows on a cache of {known}: take a cache for this batch from prepare()"
             )
-        self._mask = self._mask.repeat_interleave(batch // known, dim=0)
-        self._suffix_len = self._suffix_len.repeat_interleave(batch // known)
+        self.batch_repeat_interleave(batch // known)
 
     def view(self, layer_idx: int) -> KVView:
         """Return what the kernel reads in one layer of the present forward."""

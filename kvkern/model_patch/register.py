@@ -108,7 +108,7 @@ def under_contract(model: PreTrainedModel) -> Iterator[None]:
             return
         before = model.config._attn_implementation
         try:
-            _select(model, "model", k_major=not stock_order().follows)
+            _select(model, "model", k_major=model.device.type != "cpu" or not stock_order().follows)
             yield
         finally:
             if whole.is_entered(model):

@@ -109,11 +109,14 @@ def _made(rotary: Any, config: Any) -> RopeTable:
             f"RoPE frequencies are in {rotary.inv_freq.dtype}: model.to(dtype) has cast them. Load the model with "
             "dtype=torch.bfloat16 instead"
         )
-    positions = torch.arange(config.max_position_embeddings, device=rotary.inv_freq.device)[None]
-    like = torch.empty(0, dtype=torch.bfloat16, device=positions.device)
+    if rotary.inv_freq.device.type != "cpu":  # another device's powers and cosines are rounded in another way
+        with torch.device("cpu"):
+            rotary = type(rotary)(config)
+    positions = torch.arange(config.max_position_embeddings, device="cpu")[None]
+    like = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     halves = []
     for part in type(rotary).forward(rotary, like, positions):
-        left, right = part[0].cpu().chunk(2, dim=-1)
+        left, right = part[0].chunk(2, dim=-1)
         if not torch.equal(left, right):
             raise UnsupportedError(f"{type(rotary).__name__} does not rotate halves: outside the numeric contract")
         halves.append(left.contiguous())

@@ -135,6 +135,26 @@ def test_bits_split__threads_and_scratch() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("query_len", [[1, 200], [200, 1], [3, 200, 90]], ids=str)
+def test_bits_split__a_reader_may_end_before_a_slice(query_len: list[int]) -> None:
+    """Slices that a prefix's first reader sees less of than the others, or nothing: tiles go by each one's place."""
+    q, k, v = random_qkv(len(query_len), 2, 1, 200, 900, 64, spread=3.0, seed=4)
+    own = [(k[b, :, 500 : 505 + n], v[b, :, 500 : 505 + n]) for b, n in enumerate(query_len)]
+    kv = paged_view([(k[0, :, :500], v[0, :, :500])], [0] * len(query_len), own, query_len)
+    expected = attend(q, kv, scratch_bound_bytes=1 << 40)
+    for bound in (1, 1 << 19, 1 << 20):
+        assert differing(attend(q, kv, scratch_bound_bytes=bound), expected) == 0
+
+
+def test_bits_view__tensors_that_move_to_shared_memory() -> None:
+    q, k, v = random_qkv(1, 2, 1, 1, 300, 64)
+    kv = KVView.from_dense(k, v)
+    attend(q, kv)
+    kv.suffix_len.share_memory_()
+    kv.suffix_len.fill_(100)
+    assert differing(attend(q, kv), attend(q, KVView.from_dense(k[:, :, :100], v[:, :, :100]))) == 0
+
+
 def test_bits_split__scratch_stays_under_its_bound() -> None:
     q, k, v = random_qkv(1, 4, 1, 600, 600, 64)
     kv = KVView.from_dense(k, v, query_len=600)
@@ -233,6 +253,10 @@ FAULTS = {
     "suffix_k": lambda q, kv: (q, replace(kv, suffix_len=kv.suffix_len + 64)),
     "reader_prefix": lambda q, kv: (q, replace(kv, reader_prefix=kv.reader_prefix + 1)),
     "prefix_len": lambda q, kv: (q, replace(kv, prefix_len=kv.prefix_len + 512)),
+    "prefix_len ": lambda q, kv: (
+        q,
+        replace(kv, prefix_len=int32(256, 0, 256, 0)[::2], block_table=kv.block_table.repeat(2, 1, 1)),
+    ),
     "block_table": lambda q, kv: (q, replace(kv, block_table=kv.block_table.int())),
     "query_len": lambda q, kv: (q, replace(kv, query_len=kv.query_len + 3)),
     "suffix_len": lambda q, kv: (q, replace(kv, suffix_len=kv.suffix_len.long())),

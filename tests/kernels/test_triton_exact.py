@@ -335,3 +335,12 @@ def test_resolve__says_what_would_run() -> None:
     assert kvkern.resolve(q, kv).backend == "c"
     plan = kvkern.resolve(q, kv, backend="triton")
     assert (plan.backend, plan.launches) == ("triton", 3) and "interpreter" in plan.reason
+
+
+def test_bits_triton__no_room_for_keys_and_an_odd_bound() -> None:
+    """A view that lists no tile writes +0; any bound of the scratch is one."""
+    q, k, v = random_qkv(1, 1, 1, 3, 70, 64)
+    assert same_as_c(q, KVView.from_dense(k, v, query_len=3), scratch_bound_bytes=7425) == 0
+    empty = KVView.from_dense(k[:, :, :0], v[:, :, :0], query_len=0)
+    empty = replace(empty, suffix_k=empty.suffix_k[:, :, :0], suffix_v=empty.suffix_v[:, :, :0])
+    assert differing(attend(q, empty), torch.zeros(1, 3, 1, 64, dtype=torch.bfloat16)) == 0

@@ -124,6 +124,17 @@ def test_cache__sampling_several_sequences_repeats_the_rows(prefix, model) -> No
     assert out.shape == (3, 5)
 
 
+def test_tokens_cache__a_cache_that_was_cropped_to_the_prefix_serves_beams(prefix, model) -> None:
+    """Its layers hold tiles of the batch before: they are repeated, too."""
+    fresh = model.generate(**prefix.prepare([5, 6]), max_new_tokens=3, do_sample=False, num_beams=2)
+    inputs = prefix.prepare([7, 8, 9])
+    cache = inputs["past_key_values"]
+    model(**inputs)
+    cache.crop(-3)
+    again = model.generate(**prefix.prepare([5, 6], cache=cache), max_new_tokens=3, do_sample=False, num_beams=2)
+    assert torch.equal(again, fresh)
+
+
 def test_import__kvkern_alone_loads_neither_transformers_nor_triton() -> None:
     code = "import sys, kvkern; print([m for m in ('torch', 'triton', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

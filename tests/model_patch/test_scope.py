@@ -317,6 +317,11 @@ def test_rope__a_host_of_another_order_takes_listed_or_given_tables_only(
             kvkern.patch(model, scope="model", rope_table=wrong)
 
 
+def test_rope__a_model_on_another_device_has_the_table_of_the_cpu() -> None:
+    """Another device's powers and cosines are rounded in another way."""
+    assert rope_table(tiny().to("meta")).digest == rope_table(tiny()).digest
+
+
 def test_rope__another_table_is_another_spec(store: Store, doc: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     digest = store.publish(model, doc, producer="contract").digest
