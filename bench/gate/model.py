@@ -30,8 +30,8 @@ class Machine:
         clock_hz: boost clock.
         copy_bytes_s: copy bandwidth that others have measured.
         latency_s: from a load to its data, from HBM.
-        l2_latency_s: the same from L2; others count about 260 cycles, 0.15 us, in an idle one (arXiv 2402.13499).
-        sm_bytes_cycle: bytes that an SM takes from L2, or gives to it, in a cycle.
+        l2_latency_s: the same from a busy L2: assumed. Of an idle one see arXiv 2402.13499.
+        sm_bytes_cycle: bytes that an SM takes from L2, or gives to it, in a cycle: assumed.
         add_cycles: of a dependent addition or fma.
         boundary_s: between two launches inside a graph.
         l2_bytes_s: bandwidth of the L2.
