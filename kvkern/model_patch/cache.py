@@ -172,14 +172,14 @@ class PrefixCache(Cache):
 
     def _set_lengths(self, **lengths: Tensor) -> None:
         """Say how long the readers are: in place, so that views stay; with new views when the batch is another."""
-        if self._lengths and self._lengths["query_len"].shape == lengths["query_len"].shape:
-            for name, new in lengths.items():
-                self._lengths[name].copy_(new)
-            return
-        self._lengths = {name: new.to(self._device, copy=True) for name, new in lengths.items()}
-        self._lengths["reader_prefix"] = torch.zeros_like(self._lengths["query_len"])
-        for layer in self.layers:
-            layer.view = None
+        if not self._lengths or self._lengths["query_len"].shape != lengths["query_len"].shape:
+            with torch.inference_mode(False):  # a tensor made under it could not be written outside of it
+                like = torch.zeros(len(lengths["query_len"]), dtype=torch.int32, device=self._device)
+                self._lengths = {name: like.clone() for name in ("reader_prefix", *lengths)}
+            for layer in self.layers:
+                layer.view = None
+        for name, new in lengths.items():
+            self._lengths[name].copy_(new)
 
     def _expand(self, batch: int) -> None:
         """Beams and several returned sequences repeat the rows that prepare() knew."""

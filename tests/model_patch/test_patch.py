@@ -124,6 +124,23 @@ def test_cache__sampling_several_sequences_repeats_the_rows(prefix, model) -> No
     assert out.shape == (3, 5)
 
 
+def test_bits_cache__goes_on_in_and_out_of_inference_mode(prefix, model) -> None:
+    """Turns may be run under either; what the cache keeps from one must be writable in the other."""
+    logits = []
+    for contexts in (
+        (torch.no_grad, torch.no_grad),
+        (torch.inference_mode, torch.no_grad),
+        (torch.no_grad, torch.inference_mode),
+    ):
+        inputs = prefix.prepare([5, 6])
+        for context in contexts:
+            with context():
+                last = model(**inputs).logits[:, -1].clone()
+            inputs = prefix.prepare([7], cache=inputs["past_key_values"])
+        logits.append(last)
+    assert all(differing(logits[0], other) == 0 for other in logits[1:])
+
+
 def test_tokens_cache__a_cache_that_was_cropped_to_the_prefix_serves_beams(prefix, model) -> None:
     """Its layers hold tiles of the batch before: they are repeated, too."""
     fresh = model.generate(**prefix.prepare([5, 6]), max_new_tokens=3, do_sample=False, num_beams=2)
