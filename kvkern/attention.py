@@ -332,7 +332,7 @@ def launch(
         need = triton_door.scratch_bytes(q, kv.block_table, kv.block_tiles, kv.suffix_k, scratch_bound_bytes)
         ops.exact_attention(
             q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
-            kv.suffix_k, kv.suffix_v, out, lse, torch.empty(need, dtype=torch.uint8, device=q.device),
+            kv.suffix_k, kv.suffix_v, out, lse, torch.zeros(need, dtype=torch.uint8, device=q.device),
             kv.block_tiles, kv.stride_tile, kv.layer_offset,
             q.shape[3] ** -0.5 if sm_scale is None else sm_scale, 0 if key_run == "stock" else key_run,
         )  # fmt: skip

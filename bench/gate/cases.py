@@ -21,21 +21,15 @@ def exact_cases(target: str) -> list[Case]:
     cases = []
     for group, head_dim in SHAPES if target == MAIN_TARGET else SHAPES[:EVERYWHERE]:
         rows, words, pieces = config.output_shape(group, head_dim)
-        heads, name = {"KV_HEADS": 8, "GROUP": group}, f"G{group}-D{head_dim}"
-        shape = {**heads, "HEAD_DIM": head_dim, "BLOCK_TILES": BLOCK_TILES}
-        score = {"ROWS": min(config.score_rows, group), "WORDS": config.score_words}
-        score["UNROLL"] = config.score_unroll_for(head_dim)
-        output = {"ROWS": rows, "WORDS": words, "PIECES": pieces, "TILES": config.output_tiles}
-        output["RUNS"] = config.fold_runs
-        sums = {"partial_ptr": "i64"}
-        cases += [
-            Case(f"score/{name}", exact.score_kernel, {**shape, **score}, config.score_warps),
-            Case(f"output/{name}", exact.output_kernel, {**shape, **output}, config.output_warps, sums),
-        ]
-        if (group, head_dim) == SHAPES[0]:
-            softmax = {"KEYS": config.softmax_keys, "PASSES": config.softmax_passes, "STEPS": config.softmax_steps}
-            constants = {**heads, **softmax, "WORDS": config.score_words}
-            cases.append(Case("softmax/G4", exact.softmax_kernel, constants, config.softmax_warps, {"t_ptr": "i16"}))
+        constants = {
+            "KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_TILES": BLOCK_TILES,
+            "SCORE_ROWS": min(config.score_rows, group), "SCORE_WORDS": config.score_words,
+            "UNROLL": config.score_unroll_for(head_dim), "KEYS": config.softmax_keys, "PASSES": config.softmax_passes,
+            "STEPS": config.softmax_steps, "OUTPUT_ROWS": rows, "OUTPUT_WORDS": words, "PIECES": pieces,
+            "TILES": config.output_tiles, "RUNS": config.fold_runs, "LAG": config.lag, "WAITS": config.launches == 1,
+        }  # fmt: skip
+        halves = {"t_ptr": "i16", "t_words_ptr": "i32", "partial_ptr": "i64"}
+        cases.append(Case(f"exact/G{group}-D{head_dim}", exact.exact_kernel, constants, config.warps, halves))
     moved = {f"{name}_ptr": "i16" for name in ("k", "v", "suffix_k", "suffix_v")}
     cases.append(Case("append/D128", append.append_kernel, {"HEAD_DIM": 128, "LANES": 128}, 1, moved))
     return cases + model_cases(target)

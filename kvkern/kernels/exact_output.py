@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvkern.kernels.exact_rows import all_keys, run_shift, visible_keys
-from kvkern.kernels.exact_score import COUNTERS
+from kvkern.kernels.exact_tickets import COUNTERS, READY, arrive, wait_for
 from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
 
 TILE = tl.constexpr(64)
@@ -14,33 +14,23 @@ GROUPED = tl.constexpr(8)
 """Pairs of p that are loaded together. Loads begin a trip before a run and end 64 bytes behind it, in the scratch."""
 
 
-INTEGERS = [
-    "suffix_start", "stride_sb", "stride_sh", "stride_st", "stride_tile", "layer_offset", "stride_ob", "stride_ot",
-    "stride_oh", "max_blocks", "num_rows", "max_query_len", "first_query", "key_run", "total_rows", "key_capacity",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def output_kernel(
-    p_ptr,  # [rows, key_capacity / 2] int64, pairs of p in fp32
-    pool_ptr,  # words; all tiles are addressed from here
-    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
-    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    partial_ptr,  # [runs, rows, D / 2] int64, run sums: pairs of fp32
-    flag_ptr,  # [rows] int32, 1 for a row that is NaN
-    arrived_ptr,  # [rows, COUNTERS] int32; all but the first count programs here, for each piece of the channels
-    out_ptr,  # [B, Tq, Hq, D] int16
-    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; V of the suffixes
-    stride_tile: tl.int64, layer_offset: tl.int64,  # words
-    stride_ob: tl.int64, stride_ot: tl.int64, stride_oh: tl.int64,
-    max_blocks, num_rows, max_query_len, first_query, key_run,
-    total_rows: tl.int64, key_capacity: tl.int64,
+@triton.jit
+def output(
+    p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr, suffix_v, tiles, out_strides, rows,
+    key_run, total_rows, key_capacity, block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
+    WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels."""
-    block, piece, reader_head = tl.program_id(0), tl.program_id(1) % PIECES, tl.program_id(1) // PIECES
-    run, b, kv_head = tl.program_id(2), reader_head // KV_HEADS, reader_head % KV_HEADS
+    """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels.
+
+    Arguments as in `exact_kernel`; `p_ptr`: pairs of p.
+    """
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr = readers
+    suffix_start, stride_sb, stride_sh, stride_st = suffix_v
+    stride_tile, layer_offset, max_blocks = tiles
+    stride_ob, stride_ot, stride_oh = out_strides
+    num_rows, max_query_len, first_query = rows
+    reader_head, run, piece = b * KV_HEADS + kv_head, part // PIECES, part % PIECES
     prefix, query_len = tl.load(reader_prefix_ptr + b), tl.load(query_len_ptr + b)
     shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
     keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
@@ -61,6 +51,8 @@ def output_kernel(
         own = suffix_start + b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
         place = (tl.maximum(end_key - 1, 0) // TILE, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
         offsets = _offsets(place, first, BLOCK_TILES, TILES)
+        if WAITS:
+            wait_for(counters_ptr + reader_head.to(tl.int64) * num_rows * COUNTERS + READY, num_rows)
         v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)
         p_ptrs = p_ptr + out_row * (key_capacity // 2)
         even, odd = tl.zeros([ROWS * WORDS], tl.float32), tl.zeros([ROWS * WORDS], tl.float32)
@@ -95,12 +87,9 @@ def output_kernel(
         sums = partial_ptr + out_row * (HEAD_DIM // 2) + word
         low, high = even.to(tl.int32, bitcast=True).to(tl.int64), odd.to(tl.int32, bitcast=True).to(tl.int64)
         tl.store(sums + run * total_rows * (HEAD_DIM // 2), (low & 0xFFFFFFFF) | (high << 32), mask=inside)
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        first_out = reader_head.to(tl.int64) * num_rows + first_row
-        count = tl.atomic_add(arrived_ptr + first_out * COUNTERS + 1 + piece, 1, sem="acq_rel", scope="gpu")
         runs = tl.maximum((most + (1 << shift) - 1) >> shift, 1)
-        if count == runs - 1:
-            tl.debug_barrier()  # and all loads below after the last one's
+        first_out = reader_head.to(tl.int64) * num_rows + first_row
+        if arrive(counters_ptr + first_out * COUNTERS + 1 + piece) == runs - 1:
             query, head = first_query + row // GROUP, kv_head * GROUP + row % GROUP
             visible = visible_keys(keys, query, query_len, max_query_len)
             out_ptrs = out_ptr + b * stride_ob + query * stride_ot + head * stride_oh + 2 * word

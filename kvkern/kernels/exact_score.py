@@ -9,49 +9,31 @@ from kvkern.kernels.exact_rows import add_pair, all_keys, load_words
 from kvkern.kernels.primitives import NAN_KEY, order_key, round16, widen_high, widen_low
 
 TILE = tl.constexpr(64)
-COUNTERS = tl.constexpr(16)
-"""Counters of a row: one of its softmax, and one of each piece of its output, of which there are 8 at most."""
 
 
-# No integer is compiled in because it is 1 or a multiple of 16: what the gate compiles is what runs, for any shape.
-INTEGERS = [
-    "stride_qb", "stride_qh", "stride_qt", "suffix_start", "stride_sb", "stride_sh", "stride_st", "stride_tile",
-    "layer_offset", "max_blocks", "num_rows", "max_query_len", "first_query", "key_capacity",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def score_kernel(
-    q_ptr,  # [B, Hq, Tq, D / 2] words of two channels
-    pool_ptr,  # words; all tiles are addressed from here
-    table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
-    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr,  # int32
-    t_ptr,  # [rows, key_capacity / 2] words of two scores
-    top_ptr,  # [rows, key_capacity / (2 * WORDS)] int32, order keys of the largest scores
-    arrived_ptr,  # [rows, COUNTERS] int32, cleared here
-    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int64,  # words
-    suffix_start: tl.int64, stride_sb: tl.int64, stride_sh: tl.int64, stride_st: tl.int64,  # words; K of the suffixes
-    stride_tile: tl.int64, layer_offset: tl.int64,  # words
-    max_blocks, num_rows, max_query_len, first_query,
-    key_capacity: tl.int64,
-    sm_scale,
+@triton.jit
+def score(
+    q_ptr, pool_ptr, table_ptr, readers, t_ptr, top_ptr, q_strides, suffix_k, tiles, rows, key_capacity, sm_scale,
+    block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
     WORDS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Score ROWS rows against 2 * WORDS keys, and leave the largest score of each row."""
-    block, part = tl.program_id(0), tl.program_id(2)
-    b, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    """Score ROWS rows against 2 * WORDS keys, and leave the largest score of each row; arguments as in `exact_kernel`.
+
+    `t_ptr`: words of two scores; `top_ptr`: `[rows, key_capacity / (2 * WORDS)]`.
+    """
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr = readers[0], readers[1], readers[2]
+    stride_qb, stride_qh, stride_qt = q_strides
+    suffix_start, stride_sb, stride_sh, stride_st = suffix_k
+    stride_tile, layer_offset, max_blocks = tiles
+    num_rows, max_query_len, first_query = rows
     prefix = tl.load(reader_prefix_ptr + b)
     shared_tiles = tl.load(prefix_len_ptr + prefix) // TILE
     keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
     first_word = part * WORDS
-    first_out = tl.program_id(1).to(tl.int64) * num_rows + block * ROWS
+    first_out = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + block * ROWS
     last_row = tl.minimum(block * ROWS + ROWS, num_rows) - 1
     most = keys - (max_query_len - 1 - (first_query + last_row // GROUP))
-    if part == 0:  # the counters of these rows, which later launches count on
-        for r in tl.static_range(ROWS):
-            if block * ROWS + r < num_rows:
-                tl.store(arrived_ptr + (first_out + r) * COUNTERS + tl.arange(0, COUNTERS), 0)
     if 2 * first_word < most:
         word = first_word + tl.arange(0, WORDS)
         tile = tl.minimum(word // (TILE // 2), (keys - 1) // TILE)  # lanes past the last key read what nobody sees

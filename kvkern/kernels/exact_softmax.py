@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvkern.kernels.exact_rows import all_keys, visible_keys
-from kvkern.kernels.exact_score import COUNTERS
+from kvkern.kernels.exact_tickets import COUNTERS, arrive
 from kvkern.kernels.primitives import (
     INFINITY_KEY,
     MINUS_INFINITY_KEY,
@@ -23,32 +23,26 @@ TOPS = tl.constexpr(512)
 """Maxima of score programs that are loaded together."""
 
 
-INTEGERS = ["num_rows", "max_query_len", "first_query", "has_lse", "key_capacity"]
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def softmax_kernel(
-    t_ptr,  # [rows, key_capacity] int16, scores
-    top_ptr,  # [rows, key_capacity / (2 * WORDS)] int32, order keys of the largest of 2 * WORDS scores each
-    e_ptr,  # [rows, key_capacity] fp32: exponentials, then p
-    flag_ptr,  # [rows] int32, 1 for a row that is NaN
-    lse_ptr,  # [B, Hq, Tq] fp32
-    arrived_ptr,  # [rows, COUNTERS] int32; the first counts programs here
-    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    num_rows, max_query_len, first_query, has_lse,
-    key_capacity: tl.int64,
+@triton.jit
+def softmax(
+    t_ptr, top_ptr, e_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
+    row, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Take exponentials of PASSES * KEYS keys of a row; its last program adds them up and makes p of them."""
-    row, part = tl.program_id(0), tl.program_id(2)
-    b, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    """Take exponentials of PASSES * KEYS keys of a row; its last program adds them up and makes p of them.
+
+    Arguments as in `exact_kernel`; `t_ptr`: single scores. Returns whether the row's p is there now.
+    """
+    prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr = readers
+    num_rows, max_query_len, first_query = rows
+    is_last = part < 0
     query = first_query + row // GROUP
     keys = all_keys(b, prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr)
     visible = visible_keys(keys, query, tl.load(query_len_ptr + b), max_query_len)
     parts = tl.maximum((visible + PASSES * KEYS - 1) // (PASSES * KEYS), 1)
     if part < parts:
-        out_row = tl.program_id(1).to(tl.int64) * num_rows + row
+        out_row = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + row
         t_row, e_row = t_ptr + out_row * key_capacity, e_ptr + out_row * key_capacity
         lane = tl.arange(0, KEYS)
         first = part * (PASSES * KEYS)
@@ -64,9 +58,9 @@ def softmax_kernel(
         count = parts - 1
         tl.debug_barrier()  # the sum reads what other threads have just written
         if parts > 1:
-            count = tl.atomic_add(arrived_ptr + out_row * COUNTERS, 1, sem="acq_rel", scope="gpu")
-            tl.debug_barrier()
-        if count == parts - 1:
+            count = arrive(counters_ptr + out_row * COUNTERS)
+        is_last = count == parts - 1
+        if is_last:
             total = _probabilities(e_row, visible, key_capacity, KEYS, STEPS)
             tl.store(flag_ptr + out_row, is_nan.to(tl.int32))
             if has_lse != 0:
@@ -75,6 +69,7 @@ def softmax_kernel(
                 lse = tl.where(visible > 0, lse, float("-inf"))
                 head = b * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
                 tl.store(lse_ptr + head.to(tl.int64) * max_query_len + query, lse)
+    return is_last
 
 
 @triton.jit

@@ -18,37 +18,37 @@ _NEAREST = {"sm80": "sm80", "sm86": "sm80", "sm89": "sm80", "sm90": "sm90", "sm1
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """How the three exact kernels are launched.
+    """How the exact kernel is launched.
 
     Attributes:
         score_rows: query rows that a score program takes at most.
         score_words: words of two keys that a score program takes.
         score_unroll: channel pairs whose loads are in flight together.
-        score_warps: warps of a score program.
         softmax_keys: keys of a row per pass.
         softmax_passes: passes of a program; a longer row has more programs.
         softmax_steps: groups of 16 keys whose loads are in flight together.
-        softmax_warps: warps of a softmax program.
         output_rows: query rows that an output program takes at most, a power of two.
         output_lanes: rows times words of two channels of an output program, at most.
         output_tiles: tiles of V in flight together, 1, 2 or 4; as many times 64 keys divide softmax_keys.
-        output_warps: warps of an output program.
         fold_runs: run sums whose loads are in flight together.
+        lag: KV heads by which softmax is behind the scores, where there are so many.
+        warps: of a program.
+        launches: 1, or 3 for a launch of each phase.
     """
 
     score_rows: int
     score_words: int
     score_unroll: int
-    score_warps: int
     softmax_keys: int
     softmax_passes: int
     softmax_steps: int
-    softmax_warps: int
     output_rows: int
     output_lanes: int
     output_tiles: int
-    output_warps: int
     fold_runs: int
+    lag: int
+    warps: int
+    launches: int
 
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""

@@ -31,7 +31,7 @@ def architecture(device: torch.device) -> str:
 
 def is_interpreted() -> bool:
     """Whether Triton runs in its interpreter, which reads CPU tensors: for tests."""
-    return not isinstance(exact.score_kernel, triton.JITFunction)
+    return not isinstance(exact.exact_kernel, triton.JITFunction)
 
 
 def require_available(device: torch.device) -> None:

@@ -24,9 +24,9 @@ LONG = [pytest.mark.long, pytest.mark.slow]
 CONFIGS = {
     "shipped": BASE,
     "narrow": replace(BASE, score_rows=1, output_rows=4, score_words=32, score_unroll=8, softmax_keys=128,
-                      softmax_passes=1, softmax_steps=2, output_lanes=128, output_tiles=2),
+                      softmax_passes=1, softmax_steps=2, output_lanes=128, output_tiles=2, launches=3),
     "middle": replace(BASE, score_rows=3, output_rows=2, score_words=64, score_unroll=16, softmax_keys=256,
-                      softmax_passes=2, softmax_steps=4, fold_runs=1, output_lanes=64),
+                      softmax_passes=2, softmax_steps=4, fold_runs=1, output_lanes=64, lag=2),
 }  # fmt: skip
 
 
