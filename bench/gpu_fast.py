@@ -47,7 +47,7 @@ def rows(rig: Rig, copied: float) -> Iterator[dict[str, Any]]:
             yield {"cell": f"fast-bits-B{readers}-P{keys}", **bits(*layers[0])}
             q, kv = layers[0]
             made = fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k)
-            workspace = kvkern.fast_workspace(q, kv)
+            workspace = kvkern.new_workspace(q, kv, profile="fast")
             calls = [_call(*layer, workspace) for layer in layers]
             event_s, graph_s = rig.by_events(calls), rig.by_graph(calls)
             moved = kvkern.resolve(q, kv, profile="fast").bytes_moved

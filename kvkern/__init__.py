@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvkern.attention import KVView, Plan, fast_workspace, prefix_attention, resolve
+    from kvkern.attention import KVView, Plan, new_workspace, prefix_attention, resolve
     from kvkern.auditing import Audit, audit
     from kvkern.errors import (
         AccessError,
@@ -42,7 +42,7 @@ _HOMES = {
     "Store": "model_patch.store",
     "UnsupportedError": "errors",
     "audit": "auditing",
-    "fast_workspace": "attention",
+    "new_workspace": "attention",
     "patch": "model_patch.register",
     "prefix_attention": "attention",
     "resolve": "attention",
@@ -68,7 +68,7 @@ __all__ = [
     "Summary",
     "UnsupportedError",
     "audit",
-    "fast_workspace",
+    "new_workspace",
     "patch",
     "prefix_attention",
     "resolve",

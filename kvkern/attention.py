@@ -14,6 +14,8 @@ from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import native
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
 KeyRun = Literal["stock", 512, 1024]
@@ -132,7 +134,7 @@ class Plan:
         launches: kernel launches per layer; 1 for the C call.
         bytes_moved: bytes of K and V tiles, q and out, each read or written once.
         reason: why this backend, in words.
-        workspace_bytes: what `fast` needs; see `fast_workspace`.
+        workspace_bytes: see `new_workspace`; 0 for C, which has scratch of its own.
     """
 
     backend: str
@@ -178,7 +180,8 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
     if is_c:
         return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
     reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
-    return Plan("triton", profile, triton_door.LAUNCHES, bytes_moved, reason)
+    need = _space_needed(q, kv, profile, native.SCRATCH_BOUND_BYTES)[1]
+    return Plan("triton", profile, triton_door.config_for(q.device).launches, bytes_moved, reason, need)
 
 
 def _resolve_fast(q: Tensor, kv: KVView, backend: Backend) -> Plan:
@@ -188,7 +191,7 @@ def _resolve_fast(q: Tensor, kv: KVView, backend: Backend) -> Plan:
 
     fast_door.require_available(q.device)
     fast_door.require_supported(q, kv.block_table, kv.block_tiles, kv.suffix_k, kv.pool)
-    need = fast_door.workspace_bytes(fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k))
+    need = _space_needed(q, kv, "fast", 0)[1]
     reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
     return Plan("triton", "fast", fast_door.LAUNCHES, _bytes_moved(q, kv), reason, need)
 
@@ -204,23 +207,42 @@ def _takes_c(q: Tensor, backend: Backend, profile: Profile = "exact") -> bool:
     return profile == "exact" and (backend == "c" or (backend == "auto" and q.device.type == "cpu"))
 
 
-def fast_workspace(q: Tensor, kv: KVView) -> Tensor:
-    """Return work space for `profile="fast"` and calls of these shapes, its counters at 0.
+def new_workspace(
+    q: Tensor,
+    kv: KVView,
+    *,
+    profile: Profile = "exact",
+    backend: Backend = "auto",
+    scratch_bound_bytes: int = native.SCRATCH_BOUND_BYTES,
+) -> Tensor:
+    """Return work space for calls of these shapes, its counters at 0.
 
-    Every launch leaves the counters at 0, so one work space serves all layers and steps, as long as its launches do not
+    Every call leaves the counters at 0, so one work space serves all layers and steps, as long as its launches do not
     overlap. A captured graph needs one of its own.
 
     Args:
         q: as in `prefix_attention`; only its shape and device count.
         kv: the readers; only shapes count: lengths may change.
+        profile: as in `prefix_attention`.
+        backend: the same; C has scratch of its own, and takes an empty work space.
+        scratch_bound_bytes: for `exact`; the call must name the same.
 
     Returns:
         `[n]` uint8 on the device of q.
     """
-    from kvkern.kernels import fast_door
+    if _takes_c(q, backend, profile):
+        return torch.empty(0, dtype=torch.uint8, device=q.device)
+    door, need = _space_needed(q, kv, profile, scratch_bound_bytes)
+    return door.new_workspace(q, need)
 
-    need = fast_door.workspace_bytes(fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k))
-    return torch.zeros(need, dtype=torch.uint8, device=q.device)
+
+def _space_needed(q: Tensor, kv: KVView, profile: Profile, scratch_bound_bytes: int) -> tuple[ModuleType, int]:
+    from kvkern.kernels import fast_door, triton_door
+
+    shapes = (q, kv.block_table, kv.block_tiles, kv.suffix_k)
+    if profile == "fast":
+        return fast_door, fast_door.workspace_bytes(fast_door.plan_for(*shapes))
+    return triton_door, triton_door.scratch_bytes(*shapes, scratch_bound_bytes)
 
 
 def prefix_attention(
@@ -250,8 +272,8 @@ def prefix_attention(
         out: `[B, Tq, num_q_heads, head_dim]` bf16 to write into; a new tensor when None.
         scratch_bound_bytes: long Tq is split so that scratch stays under it, or under what one query position of every
             reader needs (4 bytes a query head and key), whichever is more.
-        workspace: for `fast`, what `fast_workspace` returned for these shapes; when None a new one is made and cleared,
-            which is a launch more.
+        workspace: what `new_workspace` returned for these shapes; when None a new one is made and its counters are
+            cleared, which is a launch more.
 
     Returns:
         out, or (out, lse) with lse `[B, num_q_heads, Tq]` fp32 in natural log, -inf for padding rows.
@@ -285,11 +307,9 @@ def prefix_attention(
         out = q.new_empty(shape)
     elif tuple(out.shape) != shape or out.dtype != torch.bfloat16 or out.stride(-1) != 1:
         raise LayoutError(f"out must be bfloat16 {shape} with a dense last axis, got {tuple(out.shape)} {out.dtype}")
-    if profile == "fast" and workspace is not None:
-        from kvkern.kernels import fast_door
-
-        made = fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k)
-        fast_door.require_workspace(workspace, made, q.device)
+    if workspace is not None and not _takes_c(q, backend, profile):
+        door, need = _space_needed(q, kv, profile, scratch_bound_bytes)
+        door.require_workspace(workspace, need, q.device)
     lse = torch.full((batch, num_q_heads, rows), -torch.inf, device=q.device) if return_lse else None
     vars(kv).pop("native_keys", None)  # its tensors may have moved since the last call
     launch(
@@ -316,23 +336,27 @@ def launch(
 
     The tensors of one `kv` must stay where they are from call to call; what they hold may change.
     """
+    is_c = _takes_c(q, backend, profile)
+    if workspace is None and not is_c:
+        workspace = new_workspace(
+            q, kv, profile=profile, backend=backend, scratch_bound_bytes=scratch_bound_bytes
+        )
     if profile == "fast":
         from kvkern.kernels import ops
 
         ops.fast_attention(
             q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
-            kv.suffix_k, kv.suffix_v, out, lse, fast_workspace(q, kv) if workspace is None else workspace,
+            kv.suffix_k, kv.suffix_v, out, lse, workspace,
             kv.block_tiles, kv.stride_tile, kv.layer_offset,
             q.shape[3] ** -0.5 if sm_scale is None else sm_scale,
         )  # fmt: skip
         return
-    if not _takes_c(q, backend):
-        from kvkern.kernels import ops, triton_door
+    if not is_c:
+        from kvkern.kernels import ops
 
-        need = triton_door.scratch_bytes(q, kv.block_table, kv.block_tiles, kv.suffix_k, scratch_bound_bytes)
         ops.exact_attention(
             q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
-            kv.suffix_k, kv.suffix_v, out, lse, torch.zeros(need, dtype=torch.uint8, device=q.device),
+            kv.suffix_k, kv.suffix_v, out, lse, workspace,
             kv.block_tiles, kv.stride_tile, kv.layer_offset,
             q.shape[3] ** -0.5 if sm_scale is None else sm_scale, 0 if key_run == "stock" else key_run,
         )  # fmt: skip

@@ -163,6 +163,7 @@ def launch(
             KEYS=config.softmax_keys, PASSES=config.softmax_passes, STEPS=config.softmax_steps,
             OUTPUT_ROWS=output_rows, OUTPUT_WORDS=output_words, PIECES=pieces, TILES=config.output_tiles,
             RUNS=config.fold_runs, LAG=min(config.lag, kv_heads), WAITS=waits,
+            PULL=config.pull,
             num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -208,7 +209,7 @@ def exact_kernel(
     SCORE_ROWS: tl.constexpr, SCORE_WORDS: tl.constexpr, UNROLL: tl.constexpr,
     KEYS: tl.constexpr, PASSES: tl.constexpr, STEPS: tl.constexpr,
     OUTPUT_ROWS: tl.constexpr, OUTPUT_WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
-    RUNS: tl.constexpr, LAG: tl.constexpr, WAITS: tl.constexpr,
+    RUNS: tl.constexpr, LAG: tl.constexpr, WAITS: tl.constexpr, PULL: tl.constexpr,
 ):  # fmt: skip
     """Do one item."""
     if WAITS:
@@ -232,7 +233,7 @@ def exact_kernel(
             q_ptr, pool_ptr, table_ptr, readers, t_words_ptr, top_ptr, (stride_qb, stride_qh, stride_qt),
             (suffix_k_start, stride_sb, stride_sh, stride_st), tiles, rows, key_capacity, sm_scale,
             block, b, part, kv_head,
-            KV_HEADS, GROUP, SCORE_ROWS, HEAD_DIM, BLOCK_TILES, SCORE_WORDS, UNROLL,
+            KV_HEADS, GROUP, SCORE_ROWS, HEAD_DIM, BLOCK_TILES, SCORE_WORDS, UNROLL, PULL,
         )  # fmt: skip
         if WAITS:
             arrive(of_head + SCORED)
@@ -251,8 +252,9 @@ def exact_kernel(
         output(
             p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr,
             (suffix_v_start, stride_sb, stride_sh, stride_st), tiles, (stride_ob, stride_ot, stride_oh), rows, key_run,
-            total_rows, key_capacity, block, b, part, kv_head,
+            total_rows, key_capacity, score_blocks * score_parts, block, b, part, kv_head,
             KV_HEADS, GROUP, OUTPUT_ROWS, HEAD_DIM, BLOCK_TILES, OUTPUT_WORDS, PIECES, TILES, RUNS, WAITS,
+            PULL,
         )  # fmt: skip
     if output_items > 0:  # of three launches, the last
         programs = KV_HEADS * (score_items + softmax_items + output_items)

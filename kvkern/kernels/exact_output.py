@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import all_keys, run_shift, visible_keys
-from kvkern.kernels.exact_tickets import COUNTERS, READY, arrive, wait_for
+from kvkern.kernels.exact_rows import all_keys, pull, run_shift, visible_keys
+from kvkern.kernels.exact_tickets import COUNTERS, READY, SCORED, arrive, await_count, wait_for
 from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
 
 TILE = tl.constexpr(64)
@@ -17,9 +17,10 @@ GROUPED = tl.constexpr(8)
 @triton.jit
 def output(
     p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr, suffix_v, tiles, out_strides, rows,
-    key_run, total_rows, key_capacity, block, b, part, kv_head,
+    key_run, total_rows, key_capacity, score_programs, block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
     WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr, WAITS: tl.constexpr,
+    PULL: tl.constexpr,
 ):  # fmt: skip
     """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels.
 
@@ -51,8 +52,13 @@ def output(
         own = suffix_start + b * stride_sb + kv_head * stride_sh - shared_tiles * stride_st
         place = (tl.maximum(end_key - 1, 0) // TILE, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
         offsets = _offsets(place, first, BLOCK_TILES, TILES)
+        of_head = counters_ptr + reader_head.to(tl.int64) * num_rows * COUNTERS
+        if WAITS & PULL:
+            await_count(of_head + SCORED, score_programs)  # until then the memory is busy with K
+        if PULL:
+            _pull_run(place, pool_ptr, first_key // TILE, end_key, piece, lane, HEAD_DIM, BLOCK_TILES, PIECES, ROWS * WORDS)
         if WAITS:
-            wait_for(counters_ptr + reader_head.to(tl.int64) * num_rows * COUNTERS + READY, num_rows)
+            wait_for(of_head + READY, num_rows)
         v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)
         p_ptrs = p_ptr + out_row * (key_capacity // 2)
         even, odd = tl.zeros([ROWS * WORDS], tl.float32), tl.zeros([ROWS * WORDS], tl.float32)
@@ -99,6 +105,18 @@ def output(
             for half in tl.static_range(2):
                 bits = tl.where(is_nan, 0x7FC0, rounded_bits(odd if half else even))
                 tl.store(out_ptrs + half, tl.where(visible > 0, bits, 0).to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _pull_run(
+    place, pool_ptr, first, end_key, piece, lane, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    PIECES: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Ask the L2 for the tiles of a run, one of PIECES after the other; LANES / 32 of them at once."""
+    for start in range(first, (end_key + TILE - 1) // TILE, PIECES * (LANES // 32)):
+        tile = start + (lane // 32) * PIECES + piece
+        wanted = (lane % 32 == 0) & (tile * TILE < end_key)
+        pull(pool_ptr + _tile_offset(place, tile, BLOCK_TILES), wanted, HEAD_DIM * TILE * 2)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import add_pair, all_keys, load_words
+from kvkern.kernels.exact_rows import add_pair, all_keys, load_words, pull
 from kvkern.kernels.primitives import NAN_KEY, order_key, round16, widen_high, widen_low
 
 TILE = tl.constexpr(64)
@@ -16,7 +16,7 @@ def score(
     q_ptr, pool_ptr, table_ptr, readers, t_ptr, top_ptr, q_strides, suffix_k, tiles, rows, key_capacity, sm_scale,
     block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    WORDS: tl.constexpr, UNROLL: tl.constexpr,
+    WORDS: tl.constexpr, UNROLL: tl.constexpr, PULL: tl.constexpr,
 ):  # fmt: skip
     """Score ROWS rows against 2 * WORDS keys, and leave the largest score of each row; arguments as in `exact_kernel`.
 
@@ -42,7 +42,10 @@ def score(
         pool_offset = tl.load(table_ptr + entry, mask=in_pool, other=0) // 2
         pool_offset += (tile % BLOCK_TILES) * stride_tile + layer_offset + kv_head * (HEAD_DIM * TILE // 2)
         suffix_offset = suffix_start + b * stride_sb + kv_head * stride_sh + (tile - shared_tiles) * stride_st
-        k_ptrs = pool_ptr + tl.where(in_pool, pool_offset, suffix_offset) + word % (TILE // 2)
+        tiles_at = pool_ptr + tl.where(in_pool, pool_offset, suffix_offset)
+        if PULL:
+            pull(tiles_at, (word % (TILE // 2) == 0) & (2 * word < keys), HEAD_DIM * TILE * 2)
+        k_ptrs = tiles_at + word % (TILE // 2)
 
         q_starts = ()
         even = ()

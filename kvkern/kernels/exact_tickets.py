@@ -67,10 +67,16 @@ def arrive(counter):
 
 
 @triton.jit
-def wait_for(counter, count):
-    """Wait until `count` programs have arrived, and see what they have stored."""
+def await_count(counter, count):
+    """Wait until `count` programs have arrived; what they have stored may not be seen yet."""
     while tl.load(counter, volatile=True) < count:
         pass
+
+
+@triton.jit
+def wait_for(counter, count):
+    """Wait until `count` programs have arrived, and see what they have stored."""
+    await_count(counter, count)
     tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
 

@@ -12,6 +12,7 @@ from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import fast, triton_door
 from kvkern.kernels.fast_plan import FastPlan, FastShape, plan
 from kvkern.kernels.launch_config import FastConfig, fast_config
+from kvkern.kernels.triton_door import require_workspace
 
 LAUNCHES = 1
 """Kernel launches of one fast call of one layer."""
@@ -79,19 +80,9 @@ def require_supported(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k
         )
 
 
-def require_workspace(workspace: Tensor, made: FastPlan, device: torch.device) -> None:
-    """Refuse work space that was made for other shapes or elsewhere: states of one plan may lie on another's counters.
-
-    Raises:
-        LayoutError: saying what is needed.
-    """
-    need = workspace_bytes(made)
-    is_fit = workspace.numel() == need and workspace.dtype == torch.uint8 and workspace.device == device
-    if not is_fit or not workspace.is_contiguous() or workspace.data_ptr() % 16:
-        raise LayoutError(
-            f"workspace is {workspace.numel()} of {workspace.dtype} on {workspace.device}; it must be {need} "
-            f"of torch.uint8 on {device}, contiguous on a 16-byte boundary, for {made.shape}"
-        )
+def new_workspace(q: Tensor, need: int) -> Tensor:
+    """Return `need` bytes of work space with its counters at 0; it allocates."""
+    return torch.zeros(need, dtype=torch.uint8, device=q.device)
 
 
 def attend(
@@ -126,8 +117,8 @@ def attend(
         return
     config = config_for(q.device)
     made = plan_for(q, block_table, block_tiles, suffix_k)
-    require_workspace(workspace, made, q.device)
     need = workspace_bytes(made)
+    require_workspace(workspace, need, q.device)
     counters = workspace[: need - made.partial_bytes].view(torch.int32)
     partial = workspace[need - made.partial_bytes : need].view(torch.float32)
     widen = q.device.type == "cpu"

@@ -34,6 +34,7 @@ class ExactConfig:
         lag: KV heads by which softmax is behind the scores, where there are so many.
         warps: of a program.
         launches: 1, or 3 for a launch of each phase.
+        pull: whether programs ask the L2 for all of their K or V at once.
     """
 
     score_rows: int
@@ -49,6 +50,7 @@ class ExactConfig:
     lag: int
     warps: int
     launches: int
+    pull: bool
 
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""

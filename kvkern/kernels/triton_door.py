@@ -13,10 +13,8 @@ from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import append as append_module
 from kvkern.kernels import exact
 from kvkern.kernels.exact import launch, scratch_layout
+from kvkern.kernels.exact_tickets import COUNTERS
 from kvkern.kernels.launch_config import ExactConfig, exact_config
-
-LAUNCHES = 3
-"""Kernel launches of one exact call of one layer."""
 
 
 @functools.cache
@@ -57,6 +55,27 @@ def scratch_bytes(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k: Te
     config = config_for(q.device)
     least, most = (scratch_layout(batch * heads * n, head_dim, tiles, config).nbytes for n in (1, max(rows, 1)))
     return max(least, min(most, bound_bytes // 256 * 256))
+
+
+def new_workspace(q: Tensor, need: int) -> Tensor:
+    """Return `need` bytes of scratch with its counters at 0; it allocates."""
+    workspace = torch.empty(need, dtype=torch.uint8, device=q.device)
+    workspace[: 4 * COUNTERS.value * q.shape[0] * q.shape[1] * q.shape[2]].zero_()
+    return workspace
+
+
+def require_workspace(workspace: Tensor, need: int, device: torch.device) -> None:
+    """Refuse work space that was made for other shapes or elsewhere: what one call leaves may lie on another's counters.
+
+    Raises:
+        LayoutError: saying what is needed.
+    """
+    is_fit = workspace.numel() == need and workspace.dtype == torch.uint8 and workspace.device == device
+    if not is_fit or not workspace.is_contiguous() or workspace.data_ptr() % 16:
+        raise LayoutError(
+            f"workspace is {workspace.numel()} of {workspace.dtype} on {workspace.device}; it must be {need} "
+            f"of torch.uint8 on {device}, contiguous on a 16-byte boundary: what new_workspace returns for these shapes"
+        )
 
 
 def append(k: Tensor, v: Tensor, suffix_k: Tensor, suffix_v: Tensor, first_slot: Tensor, count: Tensor) -> None:
@@ -101,8 +120,9 @@ def attend(
 ) -> None:
     """Attend under contract part A; arguments as in `native.attend` and `native.attention_keys`, and two more.
 
-    `scratch`, uint8: Tq is split so that each slice fits; one query position of all readers must fit. `config`: another
-    launch configuration; no bit depends on it.
+    `scratch`, uint8: its counters, which come first, are 0 on entry and on return, whether the launch ends or is
+    aborted. Tq is split so that each slice fits; one query position of all readers must fit. Launches that may overlap
+    need scratch of their own. `config`: another launch configuration; no bit depends on it.
     """
     config = config or config_for(q.device)
     batch, num_q_heads, max_query_len, head_dim = q.shape
@@ -121,10 +141,14 @@ def attend(
         )
     lengths = (prefix_len, reader_prefix, suffix_len, query_len)
     place = (block_table, block_tiles, stride_tile, layer_offset)
-    for first_query in range(0, max_query_len, slice_len):
-        queries = min(slice_len, max_query_len - first_query)
-        layout = need(position_rows * queries)
-        launch(
-            q, out, lse, lengths, pool, place, suffix_k, suffix_v, scratch, layout, (first_query, queries),
-            sm_scale, key_run, config,
-        )  # fmt: skip
+    layout = need(position_rows * slice_len)  # of all slices: the last one's may have fewer rows, and uses it in part
+    try:
+        for first_query in range(0, max_query_len, slice_len):
+            queries = (first_query, min(slice_len, max_query_len - first_query))
+            launch(
+                q, out, lse, lengths, pool, place, suffix_k, suffix_v, scratch, layout, queries, sm_scale, key_run,
+                config,
+            )  # fmt: skip
+    except BaseException:
+        scratch[: layout.counter_bytes].zero_()
+        raise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvkern.attention import KVView, fast_workspace, launch, prefix_attention
+from kvkern.attention import KVView, launch, new_workspace, prefix_attention
 from kvkern.contract import KEY_RUN
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
@@ -73,7 +73,7 @@ def attention_forward(
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
     q = native.dense_rows(query)
-    workspace = _workspace(handle, q, kv) if profile == "fast" else None
+    workspace = _workspace(handle, q, kv, profile)
     launch(q, kv, out, None, sm_scale=scaling, key_run=key_run, profile=profile, workspace=workspace)
     return out, None
 
@@ -84,13 +84,13 @@ fast_attention_forward = partial(attention_forward, profile="fast")
 """Attend on tensor cores: what profile "fast" registers."""
 
 
-def _workspace(handle: LayerHandle, q: Tensor, kv: KVView) -> Tensor:
+def _workspace(handle: LayerHandle, q: Tensor, kv: KVView, profile: Profile) -> Tensor | None:
     """Return the cache's work space: one for all layers and steps of equal shapes, which run one after the other."""
-    from kvkern.kernels import fast_door
-
-    made = fast_door.plan_for(q, kv.block_table, kv.block_tiles, kv.suffix_k)
-    if handle.cache.workspace is None or handle.cache.workspace[0] != made:
-        handle.cache.workspace = (made, fast_workspace(q, kv))
+    if q.device.type == "cpu" and profile == "exact":
+        return None
+    shapes = (profile, q.shape, kv.block_table.shape, kv.block_tiles, kv.suffix_k.shape)
+    if handle.cache.workspace is None or handle.cache.workspace[0] != shapes:
+        handle.cache.workspace = (shapes, new_workspace(q, kv, profile=profile))
     return handle.cache.workspace[1]
 
 

@@ -66,7 +66,7 @@ class PrefixCache(Cache):
         }
         self._step: _Step | None = None
         self._lengths: dict[str, Tensor] = {}  # what the layers' views hold, written in place
-        self.workspace: tuple[object, Tensor] | None = None  # of profile "fast": the plan that it is for, and itself
+        self.workspace: tuple[object, Tensor] | None = None  # the shapes that it is for, and itself
 
     @property
     def columns(self) -> int:

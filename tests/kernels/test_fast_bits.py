@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 import kvkern
-from kvkern.attention import fast_workspace, launch
+from kvkern.attention import launch, new_workspace
 from kvkern.kernels import fast, fast_door, fast_finish, fast_state
 from kvkern.kernels.launch_config import fast_config
 from tests.support.bits import differing
@@ -67,7 +67,7 @@ def test_bits_split__any_unit(columns: int, prefix_len: int, head_dim: int) -> N
 def test_bits_repeat__same_call_and_same_workspace() -> None:
     q, k, v = readers_of_one_prefix(2, 330, 300)
     kv = shared_view(k, v, 300, [1, 1])
-    workspace = fast_workspace(q, kv)
+    workspace = new_workspace(q, kv, profile="fast")
     outs = [attend(q, kv, workspace=workspace) for _ in range(3)]
     assert [differing(out, outs[0]) for out in outs] == [0, 0, 0]
 
@@ -76,7 +76,7 @@ def test_bits_lengths__one_workspace_and_grid_for_all(monkeypatch: pytest.Monkey
     """What a captured graph holds: grid, work space and scalars of one capacity serve every length below it."""
     q, k, v = readers_of_one_prefix(2, 560, 520)
     kv = shared_view(k, v, 520, [1, 1], spare_tiles=3)
-    workspace, launched = fast_workspace(q, kv), []
+    workspace, launched = new_workspace(q, kv, profile="fast"), []
     real = fast.fast_kernel.run
 
     def run(self: object, *args: object, grid: tuple[int, ...], **options: object) -> None:
@@ -106,7 +106,7 @@ def test_bits_graph__one_capture_serves_longer_suffixes_and_other_prefixes(monke
     tiles = torch.full((2, 1, 3, 64, 64), float("nan"), dtype=torch.bfloat16)
     kv = replace(in_pool, block_table=torch.zeros_like(in_pool.block_table[:2]), prefix_len=int32(0, 0),
                  reader_prefix=int32(0, 0), suffix_len=int32(0, 0), suffix_k=tiles, suffix_v=tiles.clone())  # fmt: skip
-    out, workspace, launched = torch.empty(2, 1, 3, 64, dtype=torch.bfloat16), fast_workspace(q, kv), []
+    out, workspace, launched = torch.empty(2, 1, 3, 64, dtype=torch.bfloat16), new_workspace(q, kv, profile="fast"), []
     real = fast.fast_kernel.run
 
     def run(self: object, *args: object, grid: tuple[int, ...], **options: object) -> None:
@@ -232,7 +232,7 @@ def test_bits_twins__a_wrong_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None
 def test_counters__clean_after_an_aborted_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = readers_of_one_prefix(2, 330, 300)
     kv = shared_view(k, v, 300, [1, 1])
-    workspace, expected = fast_workspace(q, kv), attend(q, kv)
+    workspace, expected = new_workspace(q, kv, profile="fast"), attend(q, kv)
     counters = workspace[: take(q, kv).counters * 4].view(torch.int32)
     seen = []
     real = fast.visible_keys
@@ -262,7 +262,7 @@ def test_launches__one_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = type(fast.fast_kernel)
     real = runner.run
     monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
-    workspace = fast_workspace(q, kv)
+    workspace = new_workspace(q, kv, profile="fast")
     for _ in range(2):
         attend(q, kv, workspace=workspace)
     assert [name for name in launched if name.endswith("_kernel")] == ["fast_kernel"] * 2

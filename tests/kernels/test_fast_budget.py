@@ -14,7 +14,7 @@ import torch
 import triton
 
 import kvkern
-from kvkern.attention import KVView, fast_workspace
+from kvkern.attention import KVView, new_workspace
 from kvkern.kernels import fast, fast_door, ops, triton_door
 from tests.support.bits import differing
 from tests.support.fast import attend, readers_of_one_prefix
@@ -117,14 +117,14 @@ def test_ops__declare_what_they_write() -> None:
     kv = KVView.from_dense(k, v)
     arguments = (q, kv.pool, kv.block_table, kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len,
                  kv.suffix_k, kv.suffix_v, torch.empty(1, 1, 2, 64, dtype=torch.bfloat16), torch.empty(1, 2, 1),
-                 fast_workspace(q, kv), 4, 4096, 0, 0.125)  # fmt: skip
+                 new_workspace(q, kv, profile="fast"), 4, 4096, 0, 0.125)  # fmt: skip
     torch.library.opcheck(ops.fast_attention.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_raises_fast__before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = readers_of_one_prefix(2, 300, 260, group=2)
     kv = shared_view(k, v, 260, [1, 1])
-    enough = fast_workspace(q, kv)
+    enough = new_workspace(q, kv, profile="fast")
     wide = random_qkv(2, 2, 1, 1, 300, 96)
     odd = torch.zeros(2, 2, 1, 68, dtype=torch.bfloat16)[..., 4:]
     monkeypatch.setattr(type(fast.fast_kernel), "run", lambda *a, **o: pytest.fail("launched"))
@@ -136,7 +136,7 @@ def test_raises_fast__before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None
         (q, replace(kv, block_table=kv.block_table + 8), enough, kvkern.LayoutError, "block_table is"),
         (q, replace(kv, suffix_len=int32(400, 400)), enough, kvkern.LayoutError, "suffix_k is"),
         (q, kv, enough[:-16], kvkern.LayoutError, f"workspace is {enough.numel() - 16}"),
-        (q, kv, fast_workspace(q[:1], shared_view(k[:1], v[:1], 260, [1])), kvkern.LayoutError, "workspace is"),
+        (q, kv, new_workspace(q[:1], shared_view(k[:1], v[:1], 260, [1]), profile="fast"), kvkern.LayoutError, "workspace is"),
         (q[:1], shared_view(k[:1], v[:1], 260, [1]), enough, kvkern.LayoutError, "workspace is"),
         (q, kv, enough.view(torch.int16), kvkern.LayoutError, "workspace is"),
         (q, kv, enough.to("meta"), kvkern.LayoutError, "workspace is"),
@@ -163,5 +163,5 @@ def test_resolve__says_what_would_run() -> None:
     plan = kvkern.resolve(q, kv, profile="fast")
     assert (plan.backend, plan.profile, plan.launches) == ("triton", "fast", 1)
     assert plan.bytes_moved == (200 + 4 * 100) * 2 * 64 * 2 + 2 * q.numel() * 2
-    assert plan.workspace_bytes == fast_workspace(q, kv).numel()
+    assert plan.workspace_bytes == new_workspace(q, kv, profile="fast").numel()
     assert fast_door.HEAD_DIMS == (64, 128)

@@ -11,7 +11,18 @@ import triton.language as tl
 
 import kvkern
 from kvkern.attention import KVView, append
-from kvkern.kernels import exact_output, exact_rows, exact_score, exact_softmax, native, ops, primitives, triton_door
+from kvkern.kernels import (
+    exact,
+    exact_output,
+    exact_rows,
+    exact_score,
+    exact_softmax,
+    exact_tickets,
+    native,
+    ops,
+    primitives,
+    triton_door,
+)
 from kvkern.kernels.launch_config import ExactConfig, exact_config
 from tests.support.bits import differing
 from tests.support.stock import eager_attention, needs_stock_order
@@ -47,13 +58,109 @@ def cancelling(batch: int, group: int, rows: int, columns: int, head_dim: int, k
 
 def attend(q: torch.Tensor, kv: KVView, *, config: ExactConfig = BASE, **options) -> torch.Tensor:
     """Attend with Triton into a poisoned output between guard rows that must stay untouched."""
+    options = {"backend": "triton", **options}
     batch, heads, rows, head_dim = q.shape
     guarded = torch.full((batch + 2, rows, heads, head_dim), float("nan"), dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_door, "config_for", lambda device: config)
-        kvkern.prefix_attention(q, kv, out=guarded[1:-1], backend="triton", **options)
+        kvkern.prefix_attention(q, kv, out=guarded[1:-1], **options)
     assert guarded[0].isnan().all() and guarded[-1].isnan().all(), "wrote outside of out"
     return guarded[1:-1].clone()
+
+
+@triton.jit
+def _place_kernel(out_ptr, sizes_0, sizes_1, sizes_2, KV_HEADS: tl.constexpr, LAG: tl.constexpr):
+    ticket = tl.program_id(0)
+    phase, head, item = exact_tickets.item_of(ticket, (sizes_0, sizes_1, sizes_2), KV_HEADS, LAG)
+    tl.store(out_ptr + 3 * ticket, phase)
+    tl.store(out_ptr + 3 * ticket + 1, head)
+    tl.store(out_ptr + 3 * ticket + 2, item)
+
+
+@pytest.mark.parametrize(("kv_heads", "lag"), [(1, 1), (3, 1), (8, 4), (5, 5)])
+@pytest.mark.parametrize("sizes", [(4, 3, 5), (1, 1, 1), (7, 0, 0), (0, 2, 0), (0, 0, 3)])
+def test_tickets__every_item_once_behind_all_that_it_waits_for(kv_heads: int, lag: int, sizes) -> None:
+    """Nobody waits for a later ticket: in whatever order a GPU starts programs, whoever is waited for is running."""
+    items = torch.full((kv_heads * sum(sizes), 3), -1, dtype=torch.int32)
+    _place_kernel[(len(items),)](items, *sizes, kv_heads, lag)
+    found = [tuple(item) for item in items.tolist()]
+    assert sorted(found) == [(p, h, i) for p in range(3) for h in range(kv_heads) for i in range(sizes[p])]
+    tickets = {item: ticket for ticket, item in enumerate(found)}
+    for head in range(kv_heads):
+        phases = [[tickets[p, head, i] for i in range(sizes[p])] for p in range(3)]
+        for earlier, later in ((0, 1), (1, 2), (0, 2)):
+            assert not phases[earlier] or not phases[later] or max(phases[earlier]) < min(phases[later])
+
+
+@triton.jit
+def _divide_kernel(out_ptr, factor: tl.int64, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    tl.store(out_ptr + lane, exact_tickets.divide(lane, factor))
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 255, 1000, 65537, (1 << 18) - 1])
+def test_divide__is_exact(divisor: int) -> None:
+    quotients = torch.empty(1 << 20, dtype=torch.int32)
+    _divide_kernel[(1,)](quotients, exact_tickets.magic(divisor), quotients.numel())
+    assert torch.equal(quotients, torch.arange(quotients.numel(), dtype=torch.int32) // divisor)
+
+
+@triton.jit
+def _arrive_twice(counter):
+    return tl.atomic_add(counter, 2)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_waits__for_all_that_arrive(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    """A wait for fewer would read what is not there yet; for more, it would never end.
+
+    Programs run one after the other here, so that at a wait all has arrived that ever will.
+    """
+    waits: list[tuple[int, int]] = []
+
+    def note(counter: tl.tensor, count: tl.tensor) -> None:
+        waits.append(tuple(int(value.handle.data.item()) for value in (tl.load(counter), count)))
+
+    q, k, v = random_qkv(2, 2, 2, queries, 140, 32)
+    kv = shared_view(k, v, 100, [queries, queries])
+    config = replace(CONFIGS["middle"], pull=True)
+    for module, name in ((exact, "wait_for"), (exact_output, "wait_for"), (exact_output, "await_count")):
+        monkeypatch.setattr(module, name, note)
+    for module in (exact_score, exact_output):
+        monkeypatch.setattr(module, "pull", lambda *_: None)
+    assert same_as_c(q, kv, config=config) == 0
+    assert len(waits) > 8 and all(arrived == count > 0 for arrived, count in waits)
+    waits.clear()
+    monkeypatch.setattr(exact, "arrive", _arrive_twice)
+    attend(q, kv, config=config)
+    assert any(arrived != count for arrived, count in waits)
+
+
+def test_counters__zero_after_calls_and_after_an_aborted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random_qkv(2, 2, 1, 3, 90, 64)
+    kv = KVView.from_dense(k, v, query_len=3)
+    expected = kvkern.prefix_attention(q, kv, backend="c")
+    bound = triton_door.scratch_layout(2 * 2 * 2, 64, 2, BASE).nbytes  # two positions, then one
+    options = {"backend": "triton", "scratch_bound_bytes": bound}
+    workspace = kvkern.new_workspace(q, kv, **options)
+    counters = workspace[: 2 * 2 * 2 * 64]
+    for config in (BASE, replace(BASE, launches=3)):
+        workspace[counters.numel() :] = 255  # what other calls have left
+        assert differing(attend(q, kv, config=config, workspace=workspace, **options), expected) == 0
+        assert not counters.any()
+    seen = []
+
+    def failing(*arguments: object) -> None:
+        seen.append(int(counters.view(torch.int32).sum()))
+        raise RuntimeError("aborted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exact, "softmax", failing)
+        with pytest.raises(Exception, match="aborted"):
+            attend(q, kv, workspace=workspace, **options)
+    assert seen[-1] > 0, "the launch was aborted before anybody arrived: nothing was tested"
+    assert not counters.any()
+    assert differing(attend(q, kv, workspace=workspace, **options), expected) == 0
 
 
 def same_as_c(q: torch.Tensor, kv: KVView, *, config: ExactConfig = BASE, **options) -> int:
@@ -243,6 +350,33 @@ def test_bits_triton__re_associated_chains_fail(monkeypatch: pytest.MonkeyPatch)
 
 
 @triton.jit
+def _count_pulls(ptrs, wanted, BYTES: tl.constexpr):
+    tl.atomic_add(ptrs, 1 + BYTES, mask=wanted)
+
+
+@pytest.mark.parametrize(("columns", "head_dim", "launches"), [(600, 64, 1), (300, 128, 3)])
+def test_pull__every_tile_once_and_nothing_else(monkeypatch, columns: int, head_dim: int, launches: int) -> None:
+    """What programs ask the L2 for: here each request is counted in the words that it names."""
+    q, k, v = random_qkv(2, 2, 2, 1, columns, head_dim)
+    kv = shared_view(k, v, columns - 90, [1, 1], layers=2, layer=1, spare_tiles=1)
+    views = [tensor.view(torch.int32) for tensor in (kv.pool, kv.suffix_k, kv.suffix_v)]
+    before = [tensor.clone() for tensor in views]
+    for module in (exact_score, exact_output):
+        monkeypatch.setattr(module, "pull", _count_pulls)
+    wide = replace(BASE, pull=True, launches=launches, score_rows=2, score_words=64, output_rows=2, output_lanes=64)
+    attend(q, kv, config=wide)
+    once = head_dim * 64 * 2 + 1
+    pulled, *own = (after - old for after, old in zip(views, before, strict=True))
+    shared_tiles, tiles = (columns - 90) // 64, (columns - 90) % 64
+    # Both readers ask for the tiles that they share, of one layer's two heads, K and V; each asks for its own.
+    assert pulled[pulled != 0].tolist() == [2 * once] * (shared_tiles * 2 * 2)
+    for asked in own:
+        first = asked[..., 0, 0]
+        assert first.sum().item() == once * 2 * 2 * -(-(tiles + 90) // 64) == asked.sum().item()
+        assert first.max().item() == once
+
+
+@triton.jit
 def _backwards(sums, runs, most_runs, stride, inside, RUNS: tl.constexpr):
     even, odd = tl.zeros(inside.shape, tl.float32), tl.zeros(inside.shape, tl.float32)
     for i in range(0, most_runs):
@@ -329,12 +463,26 @@ def _with_scratch(q: torch.Tensor, kv: KVView, nbytes: int) -> None:
     )  # fmt: skip
 
 
+def test_raises_triton__work_space_of_other_shapes() -> None:
+    q, k, v = random_qkv(2, 2, 1, 1, 20, 64)
+    kv, one = KVView.from_dense(k, v), KVView.from_dense(k[:1], v[:1])
+    enough = kvkern.new_workspace(q, kv, backend="triton")
+    for workspace in (enough[:-16], enough.view(torch.int16), enough.to("meta"),
+                      kvkern.new_workspace(q[:1], one, backend="triton")):  # fmt: skip
+        with pytest.raises(kvkern.LayoutError, match="workspace is"):
+            kvkern.prefix_attention(q, kv, backend="triton", workspace=workspace)
+    ours = kvkern.prefix_attention(q, kv, backend="triton", workspace=enough)
+    assert differing(ours, kvkern.prefix_attention(q, kv, workspace=enough)) == 0, "C takes any and needs none"
+
+
 def test_resolve__says_what_would_run() -> None:
     q, k, v = random_qkv(1, 2, 1, 1, 20, 64)
     kv = KVView.from_dense(k, v)
     assert kvkern.resolve(q, kv).backend == "c"
     plan = kvkern.resolve(q, kv, backend="triton")
-    assert (plan.backend, plan.launches) == ("triton", 3) and "interpreter" in plan.reason
+    assert (plan.backend, plan.launches) == ("triton", 1) and "interpreter" in plan.reason
+    assert plan.workspace_bytes == kvkern.new_workspace(q, kv, backend="triton").numel() > 0
+    assert kvkern.new_workspace(q, kv).numel() == 0 == kvkern.resolve(q, kv).workspace_bytes
 
 
 def test_bits_triton__no_room_for_keys_and_an_odd_bound() -> None:

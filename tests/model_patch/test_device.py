@@ -80,8 +80,8 @@ def test_tokens_fast__a_patched_model_reads_a_prefix_in_one_launch_a_layer(
     real = runner.run
     monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
     made: list[torch.Tensor] = []
-    make = attention_module.fast_workspace
-    monkeypatch.setattr(attention_module, "fast_workspace", lambda q, kv: made.append(make(q, kv)) or made[-1])
+    make = attention_module.new_workspace
+    monkeypatch.setattr(attention_module, "new_workspace", lambda *a, **o: made.append(make(*a, **o)) or made[-1])
     kvkern.patch(model, profile="fast")
     with store.open(digest, model) as prefix:
         out = answer(model, prefix)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.attention import KVView, fast_workspace
+from kvkern.attention import KVView, new_workspace
 from kvkern.kernels import fast_door
 from kvkern.kernels.fast_plan import FastPlan
 from kvkern.kernels.launch_config import FastConfig
@@ -30,7 +30,7 @@ def attend(
             patch.setattr(fast_door, "config_for", lambda device: config)
         made = take(q, kv)
         own = workspace is None
-        workspace = fast_workspace(q, kv) if own else workspace
+        workspace = new_workspace(q, kv, profile="fast") if own else workspace
         workspace[workspace.numel() - made.partial_bytes :].view(torch.float32).fill_(float("nan"))
         result = kvkern.prefix_attention(q, kv, out=guarded[1:-1], profile="fast", workspace=workspace, **options)
     guards = torch.full_like(guarded[0], poison).view(torch.int16)
