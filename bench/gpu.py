@@ -28,7 +28,7 @@ import triton
 
 import kvkern
 from bench import gpu_fast
-from bench.gate.model import Machine, costs
+from bench.gate.model import registers_on_record, seconds
 from kvkern.attention import KVView, launch
 from kvkern.contract import CONTRACT_ID
 from kvkern.kernels import triton_door
@@ -112,23 +112,21 @@ def cells() -> Iterator[dict[str, Any]]:
     """Time one decode layer, bits first."""
     copied = copy_bandwidth()
     yield {"cell": "copy", "gbps": copied / 1e9}
-    record = json.loads(GATE_TABLE.read_text())
-    facts = record.get(triton.__version__, record[max(record)])["sm90"]
+    registers = registers_on_record(triton.__version__)
     for keys in KEYS:
         for readers in READERS if IS_GPU else READERS[:2]:
             layers = [decode_layer(readers, keys, seed) for seed in range(BUFFERS)]
             differ = sum(bits_of(*layer) for layer in layers[:1])
             moved = kvkern.resolve(layers[0][0].to(DEVICE), on_device(layers[0][1]), backend="triton").bytes_moved
             calls = [call(q.to(DEVICE), on_device(kv)) for q, kv in layers]
-            predicted = sum(cost.seconds(Machine()) for cost in costs(readers, keys, exact_config("sm90"), facts))
-            predicted += (triton_door.LAUNCHES - 1) * Machine().boundary_s
+            predicted = seconds(readers, keys, exact_config("sm90"), registers)
             event_s, graph_s = by_events(calls), by_graph(calls)
             best = graph_s or event_s
             yield {
                 "cell": f"exact-B{readers}-P{keys}", "differ": differ, "bytes_moved": moved,
                 "flops": 4 * layers[0][0].numel() * (keys + 1), "event_us": event_s * 1e6,
                 "graph_us": graph_s and graph_s * 1e6, "predicted_us": predicted * 1e6, "gbps": moved / best / 1e9,
-                "percent_of_copy": 100 * moved / best / copied, "launches": triton_door.LAUNCHES,
+                "percent_of_copy": 100 * moved / best / copied, "launches": launches,
             }  # fmt: skip
 
 

@@ -52,13 +52,12 @@ def _from_sass(compiled: Compiled) -> Facts:
     code = list(_instructions(compiled.sass))
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", compiled.resources)}
     opcodes = [opcode for _, opcode, _ in code]
-    inside = _loop_ranges(code)
     return Facts(
         registers=usage["REG"],
         stack_bytes=usage["STACK"],
         spills=sum(opcode.split(".")[0] in ("STL", "LDL") for opcode in opcodes),
         shared_bytes=compiled.shared_bytes,
-        loop_barriers=sum(op.startswith("BAR") and any(a <= i < b for a, b in inside) for i, op in enumerate(opcodes)),
+        loop_barriers=_on_cycles([i for i, op in enumerate(opcodes) if op.startswith("BAR")], _sass_edges(code)),
         loads=sum(opcode.startswith("LDG") for opcode in opcodes),
         fmas=sum(opcode.startswith("FFMA") for opcode in opcodes),
         in_flight_bytes=32 * _in_flight(code),
@@ -66,13 +65,13 @@ def _from_sass(compiled: Compiled) -> Facts:
 
 
 def _instructions(sass: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (label before it or "", opcode, operands)."""
+    """Yield (label before it or "", opcode, operands behind the guard, which begins with @)."""
     label = ""
     for line in sass.splitlines():
         if found := _LABEL.match(line):
             label = found.group(1)
         elif found := _LINE.search(line):
-            yield label, found.group(3), found.group(4)
+            yield label, found.group(3), (found.group(2) or "") + found.group(4)
             label = ""
 
 
@@ -85,6 +84,32 @@ def _loop_ranges(code: list[tuple[str, str, str]]) -> list[tuple[int, int]]:
         if opcode.startswith("BRA") and target and places.get(target.group(0), i) < i:
             ranges.append((places[target.group(0)], i))
     return ranges
+
+
+def _sass_edges(code: list[tuple[str, str, str]]) -> list[list[int]]:
+    """Return for each instruction those that may come next."""
+    places = {label: i for i, (label, _, _) in enumerate(code) if label}
+    edges = []
+    for i, (_, opcode, operands) in enumerate(code):
+        leaves = opcode.startswith(("BRA", "EXIT", "RET")) and not operands.startswith("@")
+        target = re.search(r"\.L_x_\d+", operands) if opcode.startswith("BRA") else None
+        edges.append(([] if leaves else [i + 1]) + ([places[target.group(0)]] if target else []))
+    return edges
+
+
+def _on_cycles(wanted: list[int], edges: list[list[int]]) -> int:
+    """Count the instructions from which a way leads back to them: those in loops, wherever a loop's parts were put."""
+    count = 0
+    for start in wanted:
+        seen: set[int] = set()
+        ahead = list(edges[start])
+        while ahead and start not in seen:
+            i = ahead.pop()
+            if i < len(edges) and i not in seen:
+                seen.add(i)
+                ahead += edges[i]
+        count += start in seen
+    return count
 
 
 def hot_loop(compiled: Compiled) -> tuple[int, int]:
@@ -121,20 +146,18 @@ def _from_amdgcn(compiled: Compiled) -> Facts:
 
     lines = [line.strip() for line in text.splitlines()]
     opcodes = [line.split()[0] if line and not line.startswith((".", ";")) else "" for line in lines]
-    labels = {line.rstrip(":").split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".LBB")}
-    loops = []
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".LBB")}
+    edges = []
     for i, line in enumerate(lines):
         target = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)
-        if target and labels.get(target.group(1), i) < i:
-            loops.append((labels[target.group(1)], i))
+        leaves = opcodes[i] in ("s_branch", "s_endpgm")
+        edges.append(([] if leaves else [i + 1]) + ([labels[target.group(1)]] if target else []))
     return Facts(
         registers=field("vgpr_count"),
         stack_bytes=field("private_segment_fixed_size"),
         spills=field("vgpr_spill_count") + len([op for op in opcodes if op.startswith("scratch_")]),
         shared_bytes=field("group_segment_fixed_size"),
-        loop_barriers=sum(
-            op.startswith("s_barrier") and any(a <= i < b for a, b in loops) for i, op in enumerate(opcodes)
-        ),
+        loop_barriers=_on_cycles([i for i, op in enumerate(opcodes) if op.startswith("s_barrier")], edges),
         loads=sum(op.startswith(("global_load", "buffer_load")) for op in opcodes),
         fmas=sum(op.startswith(("v_fma", "v_pk_fma", "v_fmac")) for op in opcodes),
         in_flight_bytes=64 * _in_flight_amd(opcodes, lines),

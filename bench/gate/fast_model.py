@@ -6,10 +6,10 @@ model's, and nothing here is measured. The floor counts the suffixes too: 64 tok
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from bench.gate.model import GROUP, HEAD_DIM, KV_HEADS, Machine, costs
+from bench.gate.model import GROUP, HEAD_DIM, KV_HEADS, registers_on_record
+from bench.gate.model import seconds as exact_seconds
 from kvkern.kernels.fast_cost import cost, seconds
 from kvkern.kernels.fast_plan import FastPlan, FastShape, plan
 from kvkern.kernels.launch_config import exact_config, fast_config
@@ -17,7 +17,6 @@ from kvkern.kernels.launch_config import exact_config, fast_config
 READERS, KEYS, SUFFIX = (1, 8, 64, 256), (3774, 32768), 64
 BLOCK_TOKENS, BLOCK_TILES, SUFFIX_TILES = 256, 4, 2
 PAGE = Path(__file__).parent / "FAST.md"
-FACTS = json.loads((Path(__file__).parent / "table.json").read_text())
 
 
 def plan_of(readers: int, keys: int) -> FastPlan:
@@ -28,10 +27,7 @@ def plan_of(readers: int, keys: int) -> FastPlan:
 
 def predicted_us(readers: int, keys: int) -> dict[str, float]:
     """Predict the time of a layer under both profiles."""
-    machine = Machine()
-    facts = FACTS[max(FACTS)]["sm90"]
-    exact = costs(readers, keys + SUFFIX, exact_config("sm90"), facts)
-    exact_s = sum(part.seconds(machine) for part in exact) + (len(exact) - 1) * machine.boundary_s
+    exact_s = exact_seconds(readers, keys + SUFFIX, exact_config("sm90"), registers_on_record())
     return {"exact": 1e6 * exact_s, "fast": 1e6 * seconds(plan_of(readers, keys), fast_config("sm90"), keys, SUFFIX)}
 
 

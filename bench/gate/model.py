@@ -1,16 +1,17 @@
 """The predicted time of one exact decode layer on an H100: `python -m bench.gate.model`.
 
 Written down before any measurement; `bench/gpu.py` prints it beside what a GPU then says. Scores and output take the
-longest of four: bytes at the copy bandwidth, bytes at what the warps have in flight, instructions, the longest chain;
-and once the latency of memory. Readers of one prefix take its tiles from HBM once and from L2 after that. Softmax is a
-row of steps that wait for each other, and so is what the last program of an output does: both are counted in round
-trips to the L2.
+longest of four: bytes from HBM, bytes from the L2, both at what the machine gives or at what programs have asked for at
+once, instructions, the longest chain; and once the latency. Readers of one prefix take its tiles from HBM once and from
+L2 after that. Softmax is a row of steps that wait for each other, and so is what the last program of an output does:
+both are counted in round trips to the L2, and so is a wait for another program. In one launch, memory goes on with V
+while rows are summed; what is left to wait for at the end are the KV heads whose scores were the last to run.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvkern.kernels.launch_config import ExactConfig, exact_config
@@ -59,7 +60,8 @@ class Cost:
         fitting: warps that an SM's registers hold.
         hbm_bytes: from and to HBM.
         l2_bytes: from L2, the HBM bytes among them.
-        in_flight_bytes: of K or V, per warp; what several warps of a program ask for at once counts once.
+        loading_bytes: of K or V that a warp loads at once; what several warps of a program ask for counts once.
+        pulled_bytes: of K or V that a warp has asked the L2 for at once; 0 where programs do not pull.
         instructions: warp instructions, all programs together.
         chain: dependent additions or fmas of the longest path.
         steps_s: what comes one after the other besides: before, between or behind the above.
@@ -71,7 +73,8 @@ class Cost:
     fitting: int
     hbm_bytes: float
     l2_bytes: float
-    in_flight_bytes: float
+    loading_bytes: float
+    pulled_bytes: float
     instructions: float
     chain: int
     steps_s: float = 0.0
@@ -81,19 +84,26 @@ class Cost:
         return self.programs * self.warps / machine.sms
 
     def in_flight_per_sm(self, machine: Machine) -> float:
-        """Bytes that an SM has asked for at once."""
-        return min(self.warps_per_sm(machine), self.fitting) * self.in_flight_bytes
+        """Bytes that an SM has asked HBM for at once."""
+        return min(self.warps_per_sm(machine), self.fitting) * max(self.loading_bytes, self.pulled_bytes)
 
-    def seconds(self, machine: Machine) -> float:
-        """Predicted time, launch excluded."""
+    def seconds(self, machine: Machine, *, of: float = 1.0, from_l2: bool = False) -> float:
+        """Predicted time: `of` how much of it, and whether the L2 has the tiles already."""
         if not self.hbm_bytes:
             return self.steps_s
-        busy = min(self.programs, machine.sms)
-        flowing = self.in_flight_per_sm(machine) * machine.sms / machine.latency_s
-        memory = max(self.hbm_bytes / machine.copy_bytes_s, self.l2_bytes / min(machine.l2_bytes_s, flowing))
-        issue = self.instructions / (min(4, self.warps_per_sm(machine) * machine.sms / busy) * busy * machine.clock_hz)
+        latency = machine.l2_latency_s if from_l2 else machine.latency_s
+        busy = min(self.programs * of, machine.sms)
+        warps = min(self.warps_per_sm(machine) * of, self.fitting)
+        asked = warps * max(self.loading_bytes, self.pulled_bytes) * machine.sms / machine.latency_s
+        # What is not pulled comes over the same loads, which wait for HBM.
+        loaded = warps * self.loading_bytes * machine.sms
+        loaded /= machine.l2_latency_s if from_l2 or self.pulled_bytes else machine.latency_s
+        hbm = 0 if from_l2 else of * self.hbm_bytes / min(machine.copy_bytes_s, asked)
+        l2 = of * self.l2_bytes / min(machine.l2_bytes_s, loaded)
+        schedulers = min(4, self.warps_per_sm(machine) * of * machine.sms / busy) * busy
+        issue = of * self.instructions / (schedulers * machine.clock_hz)
         chain = self.chain * machine.add_cycles / machine.clock_hz
-        return max(memory, issue, chain) + machine.latency_s + self.steps_s
+        return max(hbm, l2, issue, chain) + latency + self.steps_s
 
 
 SCORE_ROW, SCORE_PAIR = 7, 6
@@ -104,10 +114,8 @@ EXP, PROBABILITY = 34, 10
 """Instructions for 32 keys: the exponential with its load and store; p with its own."""
 
 
-def costs(
-    readers: int, keys: int, config: ExactConfig, facts: dict[str, dict[str, int]], machine: Machine | None = None
-) -> list[Cost]:
-    """Return the three kernels' costs for readers of one prefix, one query each."""
+def costs(readers: int, keys: int, config: ExactConfig, registers: int, machine: Machine | None = None) -> list[Cost]:
+    """Return the three phases' costs for readers of one prefix, one query each; `registers` of a thread."""
     machine = machine or Machine()
     tiles, runs = -(-keys // TILE), -(-keys // RUN)
     rows, half = readers * GROUP * KV_HEADS, keys * KV_HEADS * HEAD_DIM * 2
@@ -121,26 +129,47 @@ def costs(
     # Arriving is a fence and an atomic; then batches of run sums, the flag and the first sum among the first batch.
     fold = 2 + max(1, -(-(runs - 1) // config.fold_runs))
     part = config.softmax_keys * config.softmax_passes
-    parts = -(-keys // part)
-
-    def fitting(name: str, warps: int) -> int:
-        programs = 65536 // (32 * warps * -(-facts[name]["registers"] // 8) * 8)
-        return min(64, warps * programs)
-
+    fitting = min(64, config.warps * (65536 // (32 * config.warps * -(-registers // 8) * 8)))
+    pulled_k, pulled_v = (2 * HEAD_DIM * many / config.warps * config.pull for many in (2 * config.score_words, RUN))
     return [
-        Cost("score", score_programs, config.score_warps, fitting("score/G4-D128", config.score_warps), half,
-             half * readers * (GROUP // score_rows) + 2 * rows * keys, trip * 128,
+        Cost("score", score_programs, config.warps, fitting, half,
+             half * readers * (GROUP // score_rows) + 2 * rows * keys, trip * 128, pulled_k,
              score_programs * config.score_words // 32 * HEAD_DIM // 2 * (SCORE_PAIR + SCORE_ROW * score_rows),
              HEAD_DIM),
-        Cost("softmax", rows * parts, config.softmax_warps, fitting("softmax/G4", config.softmax_warps), 0, 0,
-             facts["softmax/G4"]["in_flight_bytes"], 0, -(-keys // 16),
+        Cost("softmax", rows * -(-keys // part), config.warps, fitting, 0, 0, 0, 0, 0, -(-keys // 16),
              softmax_seconds(rows, keys, part, machine)),
-        Cost("output", output_programs, config.output_warps, fitting("output/G4-D128", config.output_warps), half,
+        Cost("output", output_programs, config.warps, fitting, half,
              half * readers * blocks + 4 * rows * keys * pieces + 4 * rows * runs * HEAD_DIM,
-             ahead * words * 4 / config.output_warps,
-             output_programs * config.output_warps * (RUN + ahead) / 2 * OUTPUT_PAIR, RUN + ahead,
+             ahead * words * 4 / config.warps, pulled_v / pieces,
+             output_programs * config.warps * (RUN + ahead) / 2 * OUTPUT_PAIR, RUN + ahead,
              fold * machine.l2_latency_s),
     ]  # fmt: skip
+
+
+ARRIVE, WAIT = 2, 2
+"""Round trips to the L2: a fence and an atomic; the load that sees the count, and the atomic that acquires."""
+
+
+def last_heads(cost: Cost, machine: Machine) -> float:
+    """Share of the KV heads whose scores run at the end, all at once."""
+    resident = machine.sms * cost.fitting // cost.warps
+    return min(KV_HEADS, -(-resident * KV_HEADS // cost.programs)) / KV_HEADS
+
+
+def seconds(readers: int, keys: int, config: ExactConfig, registers: int) -> float:
+    """Predict a layer."""
+    machine = Machine()
+    score, softmax, output = costs(readers, keys, config, registers, machine)
+    if config.launches > 1:
+        return sum(cost.seconds(machine) for cost in (score, softmax, output)) + 2 * machine.boundary_s
+    share, part = last_heads(score, machine), config.softmax_keys * config.softmax_passes
+    passed_on = (ARRIVE + WAIT) * machine.l2_latency_s
+    rows = int(readers * GROUP * KV_HEADS * share)
+    summed = passed_on + softmax_seconds(rows, keys, part, machine) + passed_on
+    # Meanwhile V comes, where programs ask for it: all that the last heads need, as long as there is the time.
+    has_come = config.pull and summed * machine.copy_bytes_s >= share * output.hbm_bytes
+    tail = summed + output.seconds(machine, of=share, from_l2=has_come)
+    return score.seconds(machine) + max(tail, output.seconds(machine)) + ARRIVE * machine.l2_latency_s
 
 
 def softmax_seconds(rows: int, keys: int, part: int, machine: Machine) -> float:
@@ -153,61 +182,63 @@ def softmax_seconds(rows: int, keys: int, part: int, machine: Machine) -> float:
     return (exponentials + sums + last) / machine.clock_hz + trips * machine.l2_latency_s
 
 
-def page(machine: Machine, config: ExactConfig, facts: dict[str, dict[str, int]]) -> str:
+def page(config: ExactConfig, registers: int) -> str:
     """Return the Markdown page."""
-    gap_us = f"{machine.boundary_s * 1e6:.1f} us"
+    machine = Machine()
     lines = [
         "# Predictions for one exact decode layer on an H100",
-        "Written by `python -m bench.gate.model` from the launch configuration and the compiled kernels' facts, before "
-        "any measurement. No GPU has been at hand: nothing here is measured. Qwen3-4B layer (32 query heads, 8 KV "
-        "heads, head_dim 128), one query a reader, one prefix for all readers.",
+        "Written by `python -m bench.gate.model` from the launch configuration and the compiled kernel's registers, "
+        "before any measurement. No GPU has been at hand: nothing here is measured. Qwen3-4B layer (32 query heads, 8 "
+        "KV heads, head_dim 128), one query a reader, one prefix for all readers.",
         f"Assumed: {machine.sms} SMs at {machine.clock_hz / 1e9} GHz, copy bandwidth {machine.copy_bytes_s / 1e12} "
         f"TB/s, L2 {machine.l2_bytes_s / 1e12} TB/s, latency {machine.latency_s * 1e6:.2f} us, from L2 "
-        f"{machine.l2_latency_s * 1e6:.2f} us, {gap_us} between launches in a graph, {machine.add_cycles} cycles a "
-        f"dependent fma, {machine.sm_bytes_cycle} bytes a cycle between an SM and L2. Warps that ask for the same V "
-        "bytes count them once.",
-        "| keys | readers | kernel | warps per SM | K or V bytes in flight per SM | longest chain | predicted us |",
+        f"{machine.l2_latency_s * 1e6:.2f} us, {machine.add_cycles} cycles a dependent fma, {machine.sm_bytes_cycle} "
+        f"bytes a cycle between an SM and L2; passing a result on to another program takes {ARRIVE + WAIT} trips to the "
+        f"L2, {(ARRIVE + WAIT) * machine.l2_latency_s * 1e6:.1f} us; between two launches in a graph pass "
+        f"{machine.boundary_s * 1e6:.1f} us. Warps that ask for the same V bytes count them once. The time of a phase is "
+        "that of the phase alone; in one launch softmax runs while K of other heads and V are read.",
+        "| keys | readers | phase | warps per SM | K or V bytes in flight per SM | longest chain | predicted us |",
         "|---:|---:|---|---:|---:|---:|---:|",
     ]
     reached: dict[tuple[int, int], tuple[float, float]] = {}
     for keys in KEYS:
         for readers in READERS:
-            total, floor = 2 * machine.boundary_s, 2 * keys * KV_HEADS * HEAD_DIM * 2 / machine.copy_bytes_s
-            for cost in costs(readers, keys, config, facts):
-                seconds = cost.seconds(machine)
-                total += seconds
+            floor = 2 * keys * KV_HEADS * HEAD_DIM * 2 / machine.copy_bytes_s
+            for cost in costs(readers, keys, config, registers):
                 lines.append(
                     f"| {keys:,} | {readers} | {cost.name} | {cost.warps_per_sm(machine):.1f} | "
-                    f"{cost.in_flight_per_sm(machine) / 1e3:.1f} kB | {cost.chain:,} | {seconds * 1e6:.1f} |"
+                    f"{cost.in_flight_per_sm(machine) / 1e3:.1f} kB | {cost.chain:,} | "
+                    f"{cost.seconds(machine) * 1e6:.1f} |"
                 )
-            share = f"{100 * floor / total:.0f} % of the copy bandwidth"
-            lines.append(f"| {keys:,} | {readers} | **all, {gap_us} between** | | | | **{total * 1e6:.1f}**, {share} |")
+            total = seconds(readers, keys, config, registers)
+            three = seconds(readers, keys, replace(config, launches=3), registers)
+            lines.append(
+                f"| {keys:,} | {readers} | **one launch** | | | | **{total * 1e6:.1f}**, {100 * floor / total:.0f} % of "
+                f"the copy bandwidth; three launches {three * 1e6:.1f} |"
+            )
             reached[keys, readers] = (total, floor / total)
-    spilled = [name for name, fact in facts.items() if fact["stack_bytes"] or fact["spills"]]
-    lines.append(
-        f"\nOf the kernels on record for sm90, {len(spilled)} spill. Below 18 kB in flight an H100 waits for memory."
-    )
+    lines.append("\nBelow 18 kB in flight an H100 waits for memory.")
     short, long = reached[KEYS[0], 1][0], reached[KEYS[1], 1][1]
-    said = (
-        "missed"
-        if short > GOAL_S and long < GOAL_SHARE
-        else "met"
-        if short <= GOAL_S and long >= GOAL_SHARE
-        else "half met"
-    )
+    met = (short <= GOAL_S) + (long >= GOAL_SHARE)
     lines.append(
-        f"\nThe goals for 1 reader are {said}: {short * 1e6:.1f} us at {KEYS[0]:,} keys, at most {GOAL_S * 1e6:.0f} us "
-        f"wanted; {100 * long:.0f} % of the copy bandwidth at {KEYS[1]:,}, {100 * GOAL_SHARE:.0f} % wanted. What is in "
-        "the way: two boundaries between launches, and memory that is idle while a row is summed in its one order, "
-        "keys / 16 dependent additions."
+        f"\nThe goals for 1 reader are {('missed', 'half met', 'met')[met]} by this prediction: {short * 1e6:.1f} us at "
+        f"{KEYS[0]:,} keys, at most {GOAL_S * 1e6:.0f} us wanted; {100 * long:.0f} % of the copy bandwidth at "
+        f"{KEYS[1]:,}, {100 * GOAL_SHARE:.0f} % wanted. What is in the way: at {KEYS[0]:,} keys two results that are "
+        "passed on, and the row that is summed in its one order, keys / 16 dependent additions; with more readers, "
+        "instructions: every reader has its own chains, and what they share is bytes alone."
     )
     return "\n\n".join(lines[:3]) + "\n\n" + "\n".join(lines[3:]) + "\n"
 
 
+def registers_on_record(version: str = "") -> int:
+    """Registers of the kernel on sm90, of this version of Triton or of the latest on record."""
+    record = json.loads((Path(__file__).parent / "table.json").read_text())
+    return record.get(version, record[max(record)])["sm90"]["exact/G4-D128"]["registers"]
+
+
 def main() -> None:
     """Write the page."""
-    record = json.loads((Path(__file__).parent / "table.json").read_text())
-    PAGE.write_text(page(Machine(), exact_config("sm90"), record[max(record)]["sm90"]))
+    PAGE.write_text(page(exact_config("sm90"), registers_on_record()))
     print(PAGE.read_text())
 
 
