@@ -106,10 +106,10 @@ class Cost:
         return max(hbm, l2, issue, chain) + latency + self.steps_s
 
 
-SCORE_ROW, SCORE_PAIR = 7, 6
-"""Instructions of a pair of channels for 64 keys: of a row a load, widening and 4 fmas; of K loads and widening."""
-OUTPUT_PAIR = 14
-"""The same of a pair of keys for one row and 64 channels: as compiled, 4 fmas, 4 widenings, 3 loads, zeroes."""
+SCORE_ROW, SCORE_PAIR = 7, 10
+"""Instructions of a pair of channels for 64 keys: of a row a load, widening and 4 fmas; of K, as compiled, the rest."""
+OUTPUT_PAIR = 13
+"""The same of a pair of keys for one row and 64 channels: as compiled, 4 fmas, 4 widenings, 3 loads and addresses."""
 EXP, PROBABILITY = 34, 10
 """Instructions for 32 keys: the exponential with its load and store; p with its own."""
 
@@ -139,7 +139,7 @@ def costs(readers: int, keys: int, config: ExactConfig, registers: int, machine:
         Cost("softmax", rows * -(-keys // part), config.warps, fitting, 0, 0, 0, 0, 0, -(-keys // 16),
              softmax_seconds(rows, keys, part, machine)),
         Cost("output", output_programs, config.warps, fitting, half,
-             half * readers * blocks + 4 * rows * keys * pieces + 4 * rows * runs * HEAD_DIM,
+             half * readers * blocks * (1 + ahead / RUN) + 4 * rows * keys * pieces + 4 * rows * runs * HEAD_DIM,
              ahead * words * 4 / config.warps, pulled_v / pieces,
              output_programs * config.warps * (RUN + ahead) / 2 * OUTPUT_PAIR, RUN + ahead,
              fold * machine.l2_latency_s),

@@ -68,12 +68,12 @@ def output(
             words = words + (tl.zeros([ROWS * WORDS], tl.int32),)
         # Each word of V is asked for when the one that it replaces has been spent. The first trip only asks: what it
         # computes, from whatever lies before this run in p, is dropped.
-        for trip in range(first - 1, end):
+        for trip in range(first - 1, tl.where(end_key > first_key, end, first - 1)):  # no keys, no tile to ask for
             if (trip + 1) * (TILES * TILE) > fewest:
                 seen = keys - (max_query_len - 1 - (first_query + row // GROUP))
                 words = _hide(words, seen - trip * (TILES * TILE), TILES)
             v_next, offsets = offsets, _offsets(place, trip + 2, BLOCK_TILES, TILES)
-            p_here, has_next = p_ptrs + trip * (TILES * TILE // 2), lane * 0 + trip + 1 < end
+            p_here = p_ptrs + trip * (TILES * TILE // 2)
             fresh = ()
             for tile in tl.static_range(TILES):
                 for start in tl.static_range(0, TILE // 2, GROUPED):
@@ -85,7 +85,7 @@ def output(
                         even = tl.fma(one, widen_low(low), tl.fma(two, widen_low(high), even))
                         odd = tl.fma(one, widen_high(low), tl.fma(two, widen_high(high), odd))
                         ptrs = v_ptrs + v_next[tile] + 2 * (start + i) * (HEAD_DIM // 2)
-                        fresh = fresh + load_rows(ptrs, has_next, HEAD_DIM // 2, 2)
+                        fresh = fresh + load_rows(ptrs, None, HEAD_DIM // 2, 2)  # after the last trip, its tiles again
                     factors = upcoming
             words = fresh
             even, odd = tl.where(trip < first, 0.0, even), tl.where(trip < first, 0.0, odd)
