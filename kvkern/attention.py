@@ -338,9 +338,7 @@ def launch(
     """
     is_c = _takes_c(q, backend, profile)
     if workspace is None and not is_c:
-        workspace = new_workspace(
-            q, kv, profile=profile, backend=backend, scratch_bound_bytes=scratch_bound_bytes
-        )
+        workspace = new_workspace(q, kv, profile=profile, backend=backend, scratch_bound_bytes=scratch_bound_bytes)
     if profile == "fast":
         from kvkern.kernels import ops
 

@@ -193,10 +193,10 @@ def page(config: ExactConfig, registers: int) -> str:
         f"Assumed: {machine.sms} SMs at {machine.clock_hz / 1e9} GHz, copy bandwidth {machine.copy_bytes_s / 1e12} "
         f"TB/s, L2 {machine.l2_bytes_s / 1e12} TB/s, latency {machine.latency_s * 1e6:.2f} us, from L2 "
         f"{machine.l2_latency_s * 1e6:.2f} us, {machine.add_cycles} cycles a dependent fma, {machine.sm_bytes_cycle} "
-        f"bytes a cycle between an SM and L2; passing a result on to another program takes {ARRIVE + WAIT} trips to the "
-        f"L2, {(ARRIVE + WAIT) * machine.l2_latency_s * 1e6:.1f} us; between two launches in a graph pass "
-        f"{machine.boundary_s * 1e6:.1f} us. Warps that ask for the same V bytes count them once. The time of a phase is "
-        "that of the phase alone; in one launch softmax runs while K of other heads and V are read.",
+        f"bytes a cycle between an SM and L2; passing a result on to another program takes {ARRIVE + WAIT} trips to "
+        f"the L2, {(ARRIVE + WAIT) * machine.l2_latency_s * 1e6:.1f} us; between two launches in a graph pass "
+        f"{machine.boundary_s * 1e6:.1f} us. Warps that ask for the same V bytes count them once. The time of a phase "
+        "is that of the phase alone; in one launch softmax runs while K of other heads and V are read.",
         "| keys | readers | phase | warps per SM | K or V bytes in flight per SM | longest chain | predicted us |",
         "|---:|---:|---|---:|---:|---:|---:|",
     ]
@@ -213,16 +213,16 @@ def page(config: ExactConfig, registers: int) -> str:
             total = seconds(readers, keys, config, registers)
             three = seconds(readers, keys, replace(config, launches=3), registers)
             lines.append(
-                f"| {keys:,} | {readers} | **one launch** | | | | **{total * 1e6:.1f}**, {100 * floor / total:.0f} % of "
-                f"the copy bandwidth; three launches {three * 1e6:.1f} |"
+                f"| {keys:,} | {readers} | **one launch** | | | | **{total * 1e6:.1f}**, {100 * floor / total:.0f} % "
+                f"of the copy bandwidth; three launches {three * 1e6:.1f} |"
             )
             reached[keys, readers] = (total, floor / total)
     lines.append("\nBelow 18 kB in flight an H100 waits for memory.")
     short, long = reached[KEYS[0], 1][0], reached[KEYS[1], 1][1]
     met = (short <= GOAL_S) + (long >= GOAL_SHARE)
     lines.append(
-        f"\nThe goals for 1 reader are {('missed', 'half met', 'met')[met]} by this prediction: {short * 1e6:.1f} us at "
-        f"{KEYS[0]:,} keys, at most {GOAL_S * 1e6:.0f} us wanted; {100 * long:.0f} % of the copy bandwidth at "
+        f"\nThe goals for 1 reader are {('missed', 'half met', 'met')[met]} by this prediction: {short * 1e6:.1f} us "
+        f"at {KEYS[0]:,} keys, at most {GOAL_S * 1e6:.0f} us wanted; {100 * long:.0f} % of the copy bandwidth at "
         f"{KEYS[1]:,}, {100 * GOAL_SHARE:.0f} % wanted. What is in the way: at {KEYS[0]:,} keys two results that are "
         "passed on, and the row that is summed in its one order, keys / 16 dependent additions; with more readers, "
         "instructions: every reader has its own chains, and what they share is bytes alone."

@@ -7,19 +7,19 @@
 
 Bits depend on q, K and V by position, sm_scale and key_run alone. A program owns whole chains, and lanes never meet,
 except in the max, which has no order, and in halve16; who arrives last does what any other would have done, with what
-all of them have left. Which program does what, and when, is `exact_tickets`. Two neighbouring bf16 travel in one 32-bit
-word: keys in a K tile, channels in a V tile, channels in q; p travels as pairs of fp32. Critical paths: score, head_dim
-dependent fmas; softmax, keys / 16 dependent adds; output, 512 (or 1,024) dependent fmas, then one add per run. No kernel
-divides by a number that is not known when it is compiled, because some targets divide integers by floating point.
-Tensors have one axis: with two, some versions of Triton give them layouts that differ from load to load, with a barrier
-for each conversion. Loops that carry words ask for them in a first trip that computes nothing: each load that is written
-out twice costs the compiler seconds.
+all of them have left. Which program does what, and when, is `exact_tickets`. Two neighbouring bf16 travel in one
+32-bit word: keys in a K tile, channels in a V tile, channels in q; p travels as pairs of fp32. Critical paths: score,
+head_dim dependent fmas; softmax, keys / 16 dependent adds; output, 512 (or 1,024) dependent fmas, then one add per
+run. No kernel divides by a number that is not known when it is compiled, because some targets divide integers by
+floating point. Tensors have one axis: with two, some versions of Triton give them layouts that differ from load to
+load, with a barrier for each conversion. Loops that carry words ask for them in a first trip that computes nothing:
+each load that is written out twice costs the compiler seconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -29,7 +29,18 @@ from kvkern.contract import KEY_RUN, TILE_TOKENS
 from kvkern.kernels.exact_output import output
 from kvkern.kernels.exact_score import score
 from kvkern.kernels.exact_softmax import softmax
-from kvkern.kernels.exact_tickets import COUNTERS, READY, SCORED, TICKETS, arrive, divide, item_of, leave, magic, wait_for
+from kvkern.kernels.exact_tickets import (
+    COUNTERS,
+    READY,
+    SCORED,
+    TICKETS,
+    arrive,
+    divide,
+    item_of,
+    leave,
+    magic,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,10 +223,9 @@ def exact_kernel(
     RUNS: tl.constexpr, LAG: tl.constexpr, WAITS: tl.constexpr, PULL: tl.constexpr,
 ):  # fmt: skip
     """Do one item."""
+    ticket = tl.program_id(0)
     if WAITS:
         ticket = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed", scope="gpu")
-    else:
-        ticket = tl.program_id(0)
     sizes = (score_items, softmax_items, output_items)
     phase, kv_head, item = item_of(ticket, sizes, KV_HEADS, LAG)
     readers = (prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)

@@ -16,8 +16,8 @@ GROUPED = tl.constexpr(8)
 
 @triton.jit
 def output(
-    p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr, suffix_v, tiles, out_strides, rows,
-    key_run, total_rows, key_capacity, score_programs, block, b, part, kv_head,
+    p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr, suffix_v, tiles, out_strides,
+    rows, key_run, total_rows, key_capacity, score_programs, block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
     WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr, WAITS: tl.constexpr,
     PULL: tl.constexpr,
@@ -56,7 +56,8 @@ def output(
         if WAITS & PULL:
             await_count(of_head + SCORED, score_programs)  # until then the memory is busy with K
         if PULL:
-            _pull_run(place, pool_ptr, first_key // TILE, end_key, piece, lane, HEAD_DIM, BLOCK_TILES, PIECES, ROWS * WORDS)
+            first_tile = first_key // TILE
+            _pull_run(place, pool_ptr, first_tile, end_key, piece, lane, HEAD_DIM, BLOCK_TILES, PIECES, ROWS * WORDS)
         if WAITS:
             wait_for(of_head + READY, num_rows)
         v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)

@@ -3,8 +3,8 @@
 A call is a list of items. KV head after KV head its scores come first, the softmax of a head LAG heads behind its
 scores, so that its long chain of additions runs while other heads read K; then come the outputs, head after head. A
 program draws a ticket, which says its item, so items begin in the order of the list whatever the order in which a GPU
-starts programs. An item waits for earlier items alone, and those are in the hands of programs that run: nobody waits for
-a program that has not begun. Where the phases are launches of their own, nobody waits.
+starts programs. An item waits for earlier items alone, and those are in the hands of programs that run: nobody waits
+for a program that has not begun. Where the phases are launches of their own, nobody waits.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def new_workspace(q: Tensor, need: int) -> Tensor:
 
 
 def require_workspace(workspace: Tensor, need: int, device: torch.device) -> None:
-    """Refuse work space that was made for other shapes or elsewhere: what one call leaves may lie on another's counters.
+    """Refuse work space of other shapes or from elsewhere: what one call leaves may lie on another's counters.
 
     Raises:
         LayoutError: saying what is needed.

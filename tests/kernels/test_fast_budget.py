@@ -125,6 +125,7 @@ def test_raises_fast__before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None
     q, k, v = readers_of_one_prefix(2, 300, 260, group=2)
     kv = shared_view(k, v, 260, [1, 1])
     enough = new_workspace(q, kv, profile="fast")
+    of_one = new_workspace(q[:1], shared_view(k[:1], v[:1], 260, [1]), profile="fast")
     wide = random_qkv(2, 2, 1, 1, 300, 96)
     odd = torch.zeros(2, 2, 1, 68, dtype=torch.bfloat16)[..., 4:]
     monkeypatch.setattr(type(fast.fast_kernel), "run", lambda *a, **o: pytest.fail("launched"))
@@ -136,7 +137,7 @@ def test_raises_fast__before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None
         (q, replace(kv, block_table=kv.block_table + 8), enough, kvkern.LayoutError, "block_table is"),
         (q, replace(kv, suffix_len=int32(400, 400)), enough, kvkern.LayoutError, "suffix_k is"),
         (q, kv, enough[:-16], kvkern.LayoutError, f"workspace is {enough.numel() - 16}"),
-        (q, kv, new_workspace(q[:1], shared_view(k[:1], v[:1], 260, [1]), profile="fast"), kvkern.LayoutError, "workspace is"),
+        (q, kv, of_one, kvkern.LayoutError, "workspace is"),
         (q[:1], shared_view(k[:1], v[:1], 260, [1]), enough, kvkern.LayoutError, "workspace is"),
         (q, kv, enough.view(torch.int16), kvkern.LayoutError, "workspace is"),
         (q, kv, enough.to("meta"), kvkern.LayoutError, "workspace is"),
