@@ -30,7 +30,9 @@ def exact_cases(target: str) -> list[Case]:
             "PULL": config.pull,
         }  # fmt: skip
         halves = {"t_ptr": "i16", "t_words_ptr": "i32", "partial_ptr": "i64"}
-        cases.append(Case(f"exact/G{group}-D{head_dim}", exact.exact_kernel, constants, config.warps, halves))
+        cases.append(
+            Case(f"exact/G{group}-D{head_dim}", exact.exact_kernel, constants, config.warps, halves, config.options)
+        )
     moved = {f"{name}_ptr": "i16" for name in ("k", "v", "suffix_k", "suffix_v")}
     cases.append(Case("append/D128", append.append_kernel, {"HEAD_DIM": 128, "LANES": 128}, 1, moved))
     return cases + model_cases(target)

@@ -41,7 +41,15 @@ def _in_ptx(asm: dict[str, str]) -> list[str]:
             found.append(f"{opcode}: forbidden")
         elif is_float and not compares and not moves and opcode not in _ALLOWED_PTX:
             found.append(f"{opcode}: not on the allow-list")
-    return found + fused_without_being_asked(asm)
+    return found + fused_without_being_asked(asm) + unacquired(asm)
+
+
+def unacquired(asm: dict[str, str]) -> list[str]:
+    """Refuse NVIDIA code that polls a counter and then reads, without an acquire, what others have written."""
+    polls = "ld.volatile" in asm["ptx"]
+    acquires = re.search(r"\b(?:ld|atom)[\w.]*\.acquire", asm["ptx"])
+    releases = re.search(r"\batom[\w.]*\.(?:acq_rel|release)", asm["ptx"])
+    return ["waits without an acquire, or for nobody that releases"] if polls and not (acquires and releases) else []
 
 
 def fused_without_being_asked(asm: dict[str, str]) -> list[str]:

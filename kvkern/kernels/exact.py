@@ -175,7 +175,7 @@ def launch(
             OUTPUT_ROWS=output_rows, OUTPUT_WORDS=output_words, PIECES=pieces, TILES=config.output_tiles,
             RUNS=config.fold_runs, LAG=min(config.lag, kv_heads), WAITS=waits,
             PULL=config.pull,
-            num_warps=config.warps, enable_fp_fusion=False,
+            num_warps=config.warps, enable_fp_fusion=False, **config.options,
         )  # fmt: skip
 
 

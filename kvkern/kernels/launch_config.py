@@ -33,6 +33,7 @@ class ExactConfig:
         fold_runs: run sums whose loads are in flight together.
         lag: KV heads by which softmax is behind the scores, where there are so many.
         warps: of a program.
+        max_registers: of a thread, where the compiler would take fewer and spill; 0 leaves it to the compiler.
         launches: 1, or 3 for a launch of each phase.
         pull: whether programs ask the L2 for all of their K or V at once.
     """
@@ -49,8 +50,14 @@ class ExactConfig:
     fold_runs: int
     lag: int
     warps: int
+    max_registers: int
     launches: int
     pull: bool
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compile options beside the number of warps."""
+        return {"maxnreg": self.max_registers} if self.max_registers else {}
 
     def score_unroll_for(self, head_dim: int) -> int:
         """Channel pairs per trip: a divisor of head_dim / 2."""

@@ -84,10 +84,8 @@ fast_attention_forward = partial(attention_forward, profile="fast")
 """Attend on tensor cores: what profile "fast" registers."""
 
 
-def _workspace(handle: LayerHandle, q: Tensor, kv: KVView, profile: Profile) -> Tensor | None:
+def _workspace(handle: LayerHandle, q: Tensor, kv: KVView, profile: Profile) -> Tensor:
     """Return the cache's work space: one for all layers and steps of equal shapes, which run one after the other."""
-    if q.device.type == "cpu" and profile == "exact":
-        return None
     shapes = (profile, q.shape, kv.block_table.shape, kv.block_tiles, kv.suffix_k.shape)
     if handle.cache.workspace is None or handle.cache.workspace[0] != shapes:
         handle.cache.workspace = (shapes, new_workspace(q, kv, profile=profile))

@@ -76,6 +76,16 @@ def test_gate__notices_figures_that_get_worse() -> None:
     ]
 
 
+def test_gate__a_wait_needs_an_acquire_and_a_release() -> None:
+    from bench.gate.rules import unacquired
+
+    poll, acquire = "ld.volatile.global.b32 { %r1 }, [ %rd1 ];", "@%p1 ld.global.gpu.acquire.b32 %r2, [ %rd1 ];"
+    release = "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [ %rd1 ], 1;"
+    assert unacquired({"ptx": "\n".join((poll, acquire, release))}) == [] == unacquired({"ptx": release})
+    for lacking in ((poll, release), (poll, acquire), (poll,)):
+        assert unacquired({"ptx": "\n".join(lacking)})
+
+
 def test_gpu_script__runs_in_the_interpreter(tmp_path: Path) -> None:
     """The script for a GPU cannot rot: all parts, tiny shapes, and every line that it writes."""
     out = tmp_path / "gpu.jsonl"

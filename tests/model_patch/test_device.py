@@ -31,9 +31,17 @@ def answer(model: PreTrainedModel, prefix: Prefix) -> list[torch.Tensor]:
     return [*out.logits, out.sequences]
 
 
+def noted_workspaces(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Note every work space that a cache makes."""
+    made: list[torch.Tensor] = []
+    make = attention_module.new_workspace
+    monkeypatch.setattr(attention_module, "new_workspace", lambda *a, **o: made.append(make(*a, **o)) or made[-1])
+    return made
+
+
 @pytest.mark.parametrize("kind", ["qwen3", pytest.param("llama", marks=pytest.mark.long)])
 def test_bits_device__an_arena_and_triton_give_what_mapped_shards_and_c_give(
-    kind: str, store: Store, doc: list[int], request: pytest.FixtureRequest
+    kind: str, store: Store, doc: list[int], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(kind)
     digest = store.publish(model, doc).digest
@@ -41,9 +49,11 @@ def test_bits_device__an_arena_and_triton_give_what_mapped_shards_and_c_give(
     with store.open(digest, model) as prefix:
         expected = answer(model, prefix)
     request.getfixturevalue("as_on_a_device")
+    made = noted_workspaces(monkeypatch)
     with store.open(digest, model) as prefix:
         assert prefix.pool.anchor.is_contiguous() and prefix.pool.anchor.dim() == 1, "one arena"
         assert [sha256(x) for x in answer(model, prefix)] == [sha256(x) for x in expected]
+    assert len(made) == 2 and made[0].numel(), "one work space for the layers of the question, one for the next token's"
 
 
 def test_bits_device__an_uploaded_pool_holds_every_block(store: Store) -> None:
@@ -79,9 +89,7 @@ def test_tokens_fast__a_patched_model_reads_a_prefix_in_one_launch_a_layer(
     runner = type(fast.fast_kernel)
     real = runner.run
     monkeypatch.setattr(runner, "run", lambda self, *a, **o: launched.append(self.fn.__name__) or real(self, *a, **o))
-    made: list[torch.Tensor] = []
-    make = attention_module.new_workspace
-    monkeypatch.setattr(attention_module, "new_workspace", lambda *a, **o: made.append(make(*a, **o)) or made[-1])
+    made = noted_workspaces(monkeypatch)
     kvkern.patch(model, profile="fast")
     with store.open(digest, model) as prefix:
         out = answer(model, prefix)
