@@ -175,7 +175,7 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
         from kvkern.kernels import triton_door
 
         triton_door.require_available(q.device)
-        _require_contiguous_words(q, kv)
+        _require_whole_words(q, kv)
     bytes_moved = _bytes_moved(q, kv)
     if is_c:
         return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
@@ -384,15 +384,24 @@ def _int32(value: int, length: int, device: torch.device) -> Tensor:
     return torch.full((length,), value, dtype=torch.int32, device=device)
 
 
-def _require_contiguous_words(q: Tensor, kv: KVView) -> None:
-    """Refuse what cannot be read as 32-bit words: two neighbouring bf16 each."""
-    for name, tensor in (("q", q), ("suffix_k", kv.suffix_k), ("suffix_v", kv.suffix_v), ("pool", kv.pool)):
+def _require_whole_words(q: Tensor, kv: KVView) -> None:
+    """Refuse q that cannot be read as 32-bit words, two neighbouring bf16 each, and tiles off a 16-byte boundary."""
+    for name, tensor, nbytes in (
+        ("q", q, 4),
+        ("suffix_k", kv.suffix_k, 16),
+        ("suffix_v", kv.suffix_v, 16),
+        ("pool", kv.pool, 16),
+    ):
         strides = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
         _need(
-            tensor.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides), name,
+            tensor.data_ptr() % nbytes == 0 and all(2 * stride % nbytes == 0 for stride in strides), name,
             f"at address {tensor.data_ptr():#x} with strides {tuple(tensor.stride())}",
-            "on a 4-byte boundary with even strides for backend 'triton'",
+            f"on a {nbytes}-byte boundary with strides of whole {nbytes} bytes for backend 'triton'",
         )  # fmt: skip
+    _need(
+        not bool((kv.block_table % 8 != 0).any()), "block_table", kv.block_table.tolist(),
+        "multiples of 8 elements, 16 bytes, for backend 'triton'",
+    )  # fmt: skip
 
 
 def _validate(q: Tensor, kv: KVView) -> None:

@@ -434,6 +434,11 @@ def test_ops__declare_what_they_write() -> None:
     torch.library.opcheck(ops.append.default, appended, test_utils=("test_schema", "test_faketensor"))
 
 
+def off_by_two(tiles: torch.Tensor) -> torch.Tensor:
+    """Copy tiles to an address that is a multiple of 4 bytes, but not of 16."""
+    return torch.cat([tiles.new_zeros(2), tiles.flatten()])[2:].view(tiles.shape)
+
+
 def test_raises_triton__arguments() -> None:
     q, k, v = random_qkv(1, 2, 1, 1, 20, 64)
     kv = KVView.from_dense(k, v)
@@ -441,6 +446,9 @@ def test_raises_triton__arguments() -> None:
     for bad_q, bad_kv, field in (
         (odd, kv, "q is at address"),
         (q.float(), kv, "q is"),
+        (q, replace(kv, suffix_k=off_by_two(kv.suffix_k)), "suffix_k is at address"),
+        (q, replace(kv, suffix_v=off_by_two(kv.suffix_v)), "suffix_v is at address"),
+        (q, replace(kv, block_table=torch.full((1, 1, 2), 4)), "block_table is"),
         (torch.zeros(1, 2, 1, 24, dtype=torch.bfloat16), kv, "head_dim is 24"),
         (q, replace(kv, suffix_len=int32(65)), "suffix_k is"),
         (q, replace(kv, prefix_len=int32(64)), "prefix_len is"),
