@@ -114,7 +114,7 @@ def read(model: PreTrainedModel, document: list[int], question: list[int], steps
         led["eager"] = _lead(model, steps, input_ids=torch.tensor([chunk]), past_key_values=copy.deepcopy(cache))
         model.set_attn_implementation("sdpa")
         _, tokens["sdpa"] = _greedy(model, cache, document, question, steps)
-        _, tokens["sdpa-whole"] = _greedy(model, _prefilled(model, document), document, question, steps)
+        _, tokens["sdpa-whole"] = _greedy(model, prefilled(model, document), document, question, steps)
         led["sdpa"] = _lead(model, steps, input_ids=torch.tensor([chunk]), past_key_values=cache)
         model.set_attn_implementation("eager")
         kvkern.patch(model, profile="fast")
@@ -127,7 +127,7 @@ def read(model: PreTrainedModel, document: list[int], question: list[int], steps
     return Reading(
         tokens,
         {way: sum(a == b for a, b in zip(tokens[way], tokens["eager"], strict=True)) for way in WAYS},
-        {way: _parting(free, tokens[way], tokens["eager"]) for way in WAYS if tokens[way] != tokens["eager"]},
+        {way: parting(free, tokens[way], tokens["eager"]) for way in WAYS if tokens[way] != tokens["eager"]},
         {way: int((led[way].argmax(-1) == led["eager"].argmax(-1)).sum()) for way in led},
         (best[:, 0] - best[:, 1]).tolist(),
         {way: float((led[way] - led["eager"]).square().mean().sqrt()) for way in led},
@@ -157,13 +157,17 @@ def register_nudged() -> None:
     """Register stock eager with one output in `NUDGE_EVERY`, drawn at random, moved to a neighbouring bf16 number."""
 
     def attend(module: torch.nn.Module, q: torch.Tensor, *rest: object, **options: object) -> tuple[torch.Tensor, None]:
-        out = eager_attention_forward(module, q, *rest, **options)[0]
-        step = torch.randint(0, 2, out.shape, dtype=torch.int16) * 2 - 1
-        out.view(torch.int16).add_(step * (torch.rand(out.shape) < 1 / NUDGE_EVERY))
-        return out, None
+        return nudge(eager_attention_forward(module, q, *rest, **options)[0]), None
 
     AttentionInterface.register(NUDGED, attend)
     AttentionMaskInterface.register(NUDGED, eager_mask)
+
+
+def nudge(out: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Move one number in `NUDGE_EVERY`, in place, to a neighbouring one."""
+    step = torch.randint(0, 2, out.shape, dtype=torch.int16, generator=generator) * 2 - 1
+    out.view(torch.int16).add_(step * (torch.rand(out.shape, generator=generator) < 1 / NUDGE_EVERY))
+    return out
 
 
 def _greedy(
@@ -178,14 +182,16 @@ def _lead(model: PreTrainedModel, steps: int, **inputs: object) -> torch.Tensor:
         return model(**inputs).logits[0, -steps:].double()
 
 
-def _prefilled(model: PreTrainedModel, document: list[int]) -> DynamicCache:
+def prefilled(model: PreTrainedModel, document: list[int]) -> DynamicCache:
+    """Make the document's KV in the way that the model attends now."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(input_ids=torch.tensor([document]), past_key_values=cache, logits_to_keep=1)
     return cache
 
 
-def _parting(logits: torch.Tensor, tokens: list[int], eager: list[int]) -> dict[str, float]:
+def parting(logits: torch.Tensor, tokens: list[int], eager: list[int]) -> dict[str, float]:
+    """Return the first step that is not eager's, and how much more eager's logits give eager's own token there."""
     step = next(i for i, (a, b) in enumerate(zip(tokens, eager, strict=True)) if a != b)
     return {"step": step, "margin": float(logits[step, eager[step]] - logits[step, tokens[step]])}
 
