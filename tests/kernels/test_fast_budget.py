@@ -18,6 +18,7 @@ from kvkern.attention import KVView, new_workspace
 from kvkern.kernels import fast, fast_door, ops, triton_door
 from tests.support.bits import differing
 from tests.support.fast import attend, readers_of_one_prefix
+from tests.support.fast_twin import TWINS, twin
 from tests.support.views import int32, paged_view, random_qkv, shared_view
 
 
@@ -119,6 +120,16 @@ def test_ops__declare_what_they_write() -> None:
                  kv.suffix_k, kv.suffix_v, torch.empty(1, 1, 2, 64, dtype=torch.bfloat16), torch.empty(1, 2, 1),
                  new_workspace(q, kv, profile="fast"), 4, 4096, 0, 0.125)  # fmt: skip
     torch.library.opcheck(ops.fast_attention.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_twin__has_the_kernels_bits_but_for_the_order_of_sums(rows: int) -> None:
+    """The twin that reads many documents in bench/pairs_many.py; with another leaf cut it is another arithmetic."""
+    q, k, v = random_qkv(1, 3, 1, rows, 420, 64, spread=3.0)
+    out = attend(q, shared_view(k, v, 330, [rows]))
+    assert differing(out, twin(q, k, v, 330, TWINS["fast"])) <= 0.01 * out.numel()
+    wrong = [twin(q, k, v, 200, TWINS["fast"]), twin(q, k, v, 330, TWINS["fast-scores"])]
+    assert all(differing(out, other) > 0.02 * out.numel() for other in wrong)
 
 
 def test_raises_fast__before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
