@@ -28,7 +28,13 @@ from kvkern.weights import model_weights_digest
 from tests.model_patch.conftest import tiny
 from tests.support.bits import differing
 from tests.support.models import small_qwen3
-from tests.support.stock import needs_stock_order
+from tests.support.stock import PROBE, needs_stock_order
+
+
+@pytest.fixture(autouse=True)
+def trusted_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust RoPE tables that a host of another order has made: nobody has listed those of tiny models."""
+    monkeypatch.setattr(rope, "stock_order", lambda: Probe(True, "taken for granted by this test"))
 
 
 def logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
@@ -366,6 +372,6 @@ def test_rope__llama3_scaling_is_covered(doc: list[int]) -> None:
     model = tiny("llama", rope_parameters=scaling, max_position_embeddings=512)
     before = logits(model, doc)
     kvkern.patch(model, scope="model")
-    if rope.stock_order().follows:
+    if PROBE.follows:
         assert differing(logits(model, doc), before) == 0
     assert isinstance(model, LlamaForCausalLM) and isinstance(model.config, LlamaConfig)
