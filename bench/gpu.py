@@ -94,15 +94,14 @@ def bits() -> Iterator[dict[str, Any]]:
         q, k, v = random_qkv(batch, group, kv_heads, rows, columns, head_dim, spread=1.0 + round_ % 5, seed=round_)
         k[1:, :, :prefix], v[1:, :, :prefix] = k[:1, :, :prefix], v[:1, :, :prefix]
         kv = shared_view(k, v, prefix, [rows] * batch, seed=round_, layers=2, layer=1)
-        for key_run, launches in (("stock", 3), (512, 1)) if round_ % 2 else (("stock", 1), (512, 3)):
+        for key_run, launches in (("stock", 3), (512, 1)):  # what waits for nobody comes first
             expected = kvkern.prefix_attention(q, kv, key_run=key_run, backend="c")
             with launched(launches):
                 ours = kvkern.prefix_attention(q.to(DEVICE), on_device(kv), key_run=key_run, backend="triton").cpu()
             differ += int((ours.view(torch.int16) != expected.view(torch.int16)).sum())
             compared += ours.numel()
         round_ += 1
-        if round_ % len(shapes) == 0 or compared >= OUTPUTS:
-            yield {"compared": compared, "differ": differ, "rounds": round_}
+        yield {"compared": compared, "differ": differ, "rounds": round_}
     if not differ and compared >= OUTPUTS:
         yield {"verdict": "equal", "compared": compared, "differ": 0}
     else:
@@ -124,12 +123,15 @@ def cells() -> Iterator[dict[str, Any]]:
 def cell(readers: int, keys: int, launches: int, registers: int, copied: float) -> dict[str, Any]:
     """Check and time one decode layer."""
     layers = [decode_layer(readers, keys, seed) for seed in range(BUFFERS)]
-    differ = sum(bits_of(*layer) for layer in layers[:1])
+    differ = bits_of(*layers[0])
     moved = kvkern.resolve(layers[0][0].to(DEVICE), on_device(layers[0][1]), backend="triton").bytes_moved
     calls = [call(q.to(DEVICE), on_device(kv)) for q, kv in layers]
     predicted = seconds(readers, keys, replace(exact_config("sm90"), launches=launches), registers)
     event_s, graph_s = by_events(calls), by_graph(calls)
     best = graph_s or event_s
+    # What the last replay has left, in work space that all calls have used.
+    expected = kvkern.prefix_attention(*layers[0], backend="c")
+    differ += int((calls[0]().cpu().view(torch.int16) != expected.view(torch.int16)).sum())
     name = "exact" if launches == 1 else f"exact-in-{launches}"
     return {
         "cell": f"{name}-B{readers}-P{keys}", "differ": differ, "bytes_moved": moved,
@@ -217,11 +219,16 @@ def bits_of(q: torch.Tensor, kv: KVView) -> int:
     return int((ours.view(torch.int16) != kvkern.prefix_attention(q, kv, backend="c").view(torch.int16)).sum())
 
 
-def call(q: torch.Tensor, kv: KVView) -> Callable[[], object]:
+def call(q: torch.Tensor, kv: KVView) -> Callable[[], torch.Tensor]:
     """Return the hot path: no validation, an output and work space that are there already."""
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     workspace = kvkern.new_workspace(q, kv, backend="triton")
-    return lambda: launch(q, kv, out, None, backend="triton", workspace=workspace)
+
+    def run() -> torch.Tensor:
+        launch(q, kv, out, None, backend="triton", workspace=workspace)
+        return out
+
+    return run
 
 
 def dense(readers: int, keys: int, seed: int, backend: Any) -> Callable[[], object]:

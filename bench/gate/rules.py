@@ -17,6 +17,8 @@ _ALLOWED_PTX = (
 )  # fmt: skip
 _FORBIDDEN_PTX = ("approx", ".ftz", "div.full", "mma", "tcgen05", "ex2", "lg2", "rcp", "rsqrt", "sin.", "cos.", "tanh")
 _FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nsz")  # nnan and ninf are facts that LLVM infers
+_HINTS = 1
+"""Waits that read nothing afterwards: an output program holds its pull of V back until K has been read."""
 _FDIV_FMAS = 5
 """Fused multiply-adds that AMD's expansion of one IEEE division holds."""
 _FSQRT_FMAS = 2
@@ -46,8 +48,8 @@ def _in_ptx(asm: dict[str, str]) -> list[str]:
 
 def unacquired(asm: dict[str, str]) -> list[str]:
     """Refuse NVIDIA code that polls a counter and then reads, without an acquire, what others have written."""
-    polls = "ld.volatile" in asm["ptx"]
-    acquires = re.search(r"\b(?:ld|atom)[\w.]*\.acquire", asm["ptx"])
+    polls = asm["ptx"].count("ld.volatile")
+    acquires = len(re.findall(r"\b(?:ld|atom)[\w.]*\.acquire", asm["ptx"])) >= max(polls - _HINTS, 1)
     releases = re.search(r"\batom[\w.]*\.(?:acq_rel|release)", asm["ptx"])
     return ["waits without an acquire, or for nobody that releases"] if polls and not (acquires and releases) else []
 

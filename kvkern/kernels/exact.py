@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kvkern.contract import KEY_RUN, TILE_TOKENS
+from kvkern.errors import LayoutError
 from kvkern.kernels.exact_output import output
 from kvkern.kernels.exact_score import score
 from kvkern.kernels.exact_softmax import softmax
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvkern.kernels.launch_config import ExactConfig
+
+
+MOST_ITEMS = 1 << 22
+"""Of a KV head, as `divide` divides numbers below."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,11 @@ def launch(
         batch * num_rows * -(-capacity // (config.softmax_keys * config.softmax_passes)),
         batch * output_blocks * pieces * layout.runs,
     )
+    if max(items) >= MOST_ITEMS or max(items) * max(batch, num_rows) >= 1 << 40:
+        raise LayoutError(
+            f"{max(items):,} items of a KV head: too many readers, query positions and keys for one call; split the "
+            "batch, or give less scratch"
+        )
     waits = config.launches == 1
     for sizes in (items,) if waits else ((items[0], 0, 0), (0, items[1], 0), (0, 0, items[2])):
         exact_kernel[(kv_heads * sum(sizes),)](

@@ -113,8 +113,9 @@ def _pull_run(
     place, pool_ptr, first, end_key, piece, lane, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
     PIECES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Ask the L2 for the tiles of a run, one of PIECES after the other; LANES / 32 of them at once."""
-    for start in range(first, (end_key + TILE - 1) // TILE, PIECES * (LANES // 32)):
+    """Ask the L2 for the tiles of a run, every PIECES-th of them; a warp asks for one at a time."""
+    ABREAST: tl.constexpr = LANES // 32 if LANES >= 32 else 1
+    for start in range(first, (end_key + TILE - 1) // TILE, PIECES * ABREAST):
         tile = start + (lane // 32) * PIECES + piece
         wanted = (lane % 32 == 0) & (tile * TILE < end_key)
         pull(pool_ptr + _tile_offset(place, tile, BLOCK_TILES), wanted, HEAD_DIM * TILE * 2)

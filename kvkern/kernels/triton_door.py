@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -12,9 +13,12 @@ from torch import Tensor
 from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import append as append_module
 from kvkern.kernels import exact
-from kvkern.kernels.exact import launch, scratch_layout
+from kvkern.kernels.exact import ScratchLayout, launch, scratch_layout
 from kvkern.kernels.exact_tickets import COUNTERS
 from kvkern.kernels.launch_config import ExactConfig, exact_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @functools.cache
@@ -49,12 +53,21 @@ def require_available(device: torch.device) -> None:
 
 
 def scratch_bytes(q: Tensor, block_table: Tensor, block_tiles: int, suffix_k: Tensor, bound_bytes: int) -> int:
-    """Bytes of scratch for a call: what it needs at once, but no more than the bound or one query position."""
+    """Bytes of scratch for a call: of as many query positions as fit the bound, but of one at least.
+
+    Not the bound itself: calls of other shapes should need other sizes, so that `require_workspace` tells them apart.
+    """
     batch, heads, rows, head_dim = q.shape
     tiles = block_table.shape[1] * block_tiles + suffix_k.shape[2]
-    config = config_for(q.device)
-    least, most = (scratch_layout(batch * heads * n, head_dim, tiles, config).nbytes for n in (1, max(rows, 1)))
-    return max(least, min(most, bound_bytes // 256 * 256))
+    need = partial(scratch_layout, head_dim=head_dim, tile_capacity=tiles, config=config_for(q.device))
+    return need(batch * heads * _slice_len(need, batch * heads, max(rows, 1), bound_bytes)).nbytes
+
+
+def _slice_len(need: Callable[[int], ScratchLayout], position_rows: int, positions: int, nbytes: int) -> int:
+    """Return how many query positions run at once, so that their scratch fits; 1 if none do."""
+    while positions > 1 and need(position_rows * positions).nbytes > nbytes:
+        positions = -(-positions // 2)
+    return positions
 
 
 def new_workspace(q: Tensor, need: int) -> Tensor:
@@ -130,10 +143,8 @@ def attend(
     position_rows = batch * num_q_heads
     if batch == 0 or max_query_len == 0:
         return
-    slice_len = max_query_len
     need = partial(scratch_layout, head_dim=head_dim, tile_capacity=tile_capacity, config=config)
-    while slice_len > 1 and need(position_rows * slice_len).nbytes > scratch.numel():
-        slice_len = -(-slice_len // 2)
+    slice_len = _slice_len(need, position_rows, max_query_len, scratch.numel())
     if need(position_rows * slice_len).nbytes > scratch.numel():
         raise LayoutError(
             f"scratch is {scratch.numel()} bytes; it must be at least {need(position_rows).nbytes}, what one query "
@@ -150,5 +161,6 @@ def attend(
                 config,
             )  # fmt: skip
     except BaseException:
-        scratch[: layout.counter_bytes].zero_()
+        with torch.inference_mode():  # the scratch may have been made under it
+            scratch[: layout.counter_bytes].zero_()
         raise

@@ -88,6 +88,7 @@ def _workspace(handle: LayerHandle, q: Tensor, kv: KVView, profile: Profile) -> 
     """Return the cache's work space: one for all layers and steps of equal shapes, which run one after the other."""
     shapes = (profile, q.shape, kv.block_table.shape, kv.block_tiles, kv.suffix_k.shape)
     if handle.cache.workspace is None or handle.cache.workspace[0] != shapes:
+        handle.cache.workspace = None  # the old one's memory is free for the new one
         handle.cache.workspace = (shapes, new_workspace(q, kv, profile=profile))
     return handle.cache.workspace[1]
 

@@ -82,7 +82,7 @@ def test_gate__a_wait_needs_an_acquire_and_a_release() -> None:
     poll, acquire = "ld.volatile.global.b32 { %r1 }, [ %rd1 ];", "@%p1 ld.global.gpu.acquire.b32 %r2, [ %rd1 ];"
     release = "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [ %rd1 ], 1;"
     assert unacquired({"ptx": "\n".join((poll, acquire, release))}) == [] == unacquired({"ptx": release})
-    for lacking in ((poll, release), (poll, acquire), (poll,)):
+    for lacking in ((poll, release), (poll, acquire), (poll,), (poll, poll, poll, acquire, release)):
         assert unacquired({"ptx": "\n".join(lacking)})
 
 

@@ -354,7 +354,7 @@ def _count_pulls(ptrs, wanted, BYTES: tl.constexpr):
     tl.atomic_add(ptrs, 1 + BYTES, mask=wanted)
 
 
-@pytest.mark.parametrize(("columns", "head_dim", "launches"), [(600, 64, 1), (300, 128, 3)])
+@pytest.mark.parametrize(("columns", "head_dim", "launches"), [(600, 64, 1), (300, 128, 3), (200, 16, 1)])
 def test_pull__every_tile_once_and_nothing_else(monkeypatch, columns: int, head_dim: int, launches: int) -> None:
     """What programs ask the L2 for: here each request is counted in the words that it names."""
     q, k, v = random_qkv(2, 2, 2, 1, columns, head_dim)
@@ -364,6 +364,7 @@ def test_pull__every_tile_once_and_nothing_else(monkeypatch, columns: int, head_
     for module in (exact_score, exact_output):
         monkeypatch.setattr(module, "pull", _count_pulls)
     wide = replace(BASE, pull=True, launches=launches, score_rows=2, score_words=64, output_rows=2, output_lanes=64)
+    wide = replace(wide, output_lanes=8) if head_dim == 16 else wide  # less than a warp
     attend(q, kv, config=wide)
     once = head_dim * 64 * 2 + 1
     pulled, *own = (after - old for after, old in zip(views, before, strict=True))
@@ -469,6 +470,22 @@ def _with_scratch(q: torch.Tensor, kv: KVView, nbytes: int) -> None:
         kv.suffix_v, torch.empty(1, 1, 2, 64, dtype=torch.bfloat16), None, torch.empty(nbytes, dtype=torch.uint8),
         4, 4096, 0, 0.125, 0,
     )  # fmt: skip
+
+
+def test_raises_triton__work_space_of_other_shapes_with_the_same_bound() -> None:
+    q, k, v = random_qkv(1, 1, 1, 16, 2100, 64)
+    long, short = (KVView.from_dense(k[:, :, :n], v[:, :, :n], query_len=16) for n in (2100, 70))
+    options = {"backend": "triton", "scratch_bound_bytes": 40_000}
+    workspace = kvkern.new_workspace(q, long, **options)
+    with pytest.raises(kvkern.LayoutError, match="workspace is"):
+        kvkern.prefix_attention(q, short, workspace=workspace, **options)
+
+
+def test_raises_triton__more_items_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random_qkv(1, 1, 1, 1, 70, 64)
+    monkeypatch.setattr(exact, "MOST_ITEMS", 1)
+    with pytest.raises(kvkern.LayoutError, match="items of a KV head: too many readers"):
+        kvkern.prefix_attention(q, KVView.from_dense(k, v), backend="triton")
 
 
 def test_raises_triton__work_space_of_other_shapes() -> None:
