@@ -1,4 +1,4 @@
-"""The door to the Triton kernels: devices, scratch, launches. Neither allocates nor validates nor synchronises."""
+"""The door to the Triton kernels: devices, scratch, launches. Calls neither allocate nor validate nor synchronise."""
 
 from __future__ import annotations
 
