@@ -27,9 +27,9 @@ def exact_cases(target: str) -> list[Case]:
             "UNROLL": config.score_unroll_for(head_dim), "KEYS": config.softmax_keys, "PASSES": config.softmax_passes,
             "STEPS": config.softmax_steps, "OUTPUT_ROWS": rows, "OUTPUT_WORDS": words, "PIECES": pieces,
             "TILES": config.output_tiles, "RUNS": config.fold_runs, "LAG": config.lag, "WAITS": config.launches == 1,
-            "PULL": config.pull,
+            "PULL": config.pull, "WARM": config.warm,
         }  # fmt: skip
-        halves = {"t_ptr": "i16", "t_words_ptr": "i32", "partial_ptr": "i64"}
+        halves = {"pairs_ptr": "i64", "partial_ptr": "i64"}
         cases.append(
             Case(f"exact/G{group}-D{head_dim}", exact.exact_kernel, constants, config.warps, halves, config.options)
         )

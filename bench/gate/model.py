@@ -59,7 +59,8 @@ class Cost:
         warps: of a program.
         fitting: warps that an SM's registers hold.
         hbm_bytes: from and to HBM.
-        l2_bytes: from L2, the HBM bytes among them.
+        tile_bytes: of K or V from L2, the HBM bytes among them.
+        scratch_bytes: from and to L2 besides.
         loading_bytes: of K or V that a warp loads at once; what several warps of a program ask for counts once.
         pulled_bytes: of K or V that a warp has asked the L2 for at once; 0 where programs do not pull.
         instructions: warp instructions, all programs together.
@@ -72,7 +73,8 @@ class Cost:
     warps: int
     fitting: int
     hbm_bytes: float
-    l2_bytes: float
+    tile_bytes: float
+    scratch_bytes: float
     loading_bytes: float
     pulled_bytes: float
     instructions: float
@@ -99,7 +101,7 @@ class Cost:
         loaded = warps * self.loading_bytes * machine.sms
         loaded /= machine.l2_latency_s if from_l2 or self.pulled_bytes else machine.latency_s
         hbm = 0 if from_l2 else of * self.hbm_bytes / min(machine.copy_bytes_s, asked)
-        l2 = of * self.l2_bytes / min(machine.l2_bytes_s, loaded)
+        l2 = of * max((self.tile_bytes + self.scratch_bytes) / machine.l2_bytes_s, self.tile_bytes / loaded)
         schedulers = min(4, self.warps_per_sm(machine) * of * machine.sms / busy) * busy
         issue = of * self.instructions / (schedulers * machine.clock_hz)
         chain = self.chain * machine.add_cycles / machine.clock_hz
@@ -108,10 +110,11 @@ class Cost:
 
 SCORE_ROW, SCORE_PAIR = 7, 10
 """Instructions of a pair of channels for 64 keys: of a row a load, widening and 4 fmas; of K, as compiled, the rest."""
-OUTPUT_PAIR = 13
-"""The same of a pair of keys for one row and 64 channels: as compiled, 4 fmas, 4 widenings, 3 loads and addresses."""
-EXP, PROBABILITY = 34, 10
-"""Instructions for 32 keys: the exponential with its load and store; p with its own."""
+OUTPUT_PAIR = 406 / 32
+"""The same of a pair of keys for one row and 64 channels: as compiled, a trip of 64 keys has 128 fmas, 128 widenings, 96
+loads, and the rest."""
+EXP, PROBABILITY = 31, 14
+"""Instructions for 32 keys, as compiled: the exponential with its load and store; p with its own."""
 
 
 def costs(readers: int, keys: int, config: ExactConfig, registers: int, machine: Machine | None = None) -> list[Cost]:
@@ -133,21 +136,24 @@ def costs(readers: int, keys: int, config: ExactConfig, registers: int, machine:
     pulled_k, pulled_v = (2 * HEAD_DIM * many / config.warps * config.pull for many in (2 * config.score_words, RUN))
     return [
         Cost("score", score_programs, config.warps, fitting, half,
-             half * readers * (GROUP // score_rows) + 2 * rows * keys, trip * 128, pulled_k,
+             half * readers * (GROUP // score_rows), 4 * rows * keys, trip * 128, pulled_k,
              score_programs * config.score_words // 32 * HEAD_DIM // 2 * (SCORE_PAIR + SCORE_ROW * score_rows),
              HEAD_DIM),
-        Cost("softmax", rows * -(-keys // part), config.warps, fitting, 0, 0, 0, 0, 0, -(-keys // 16),
-             softmax_seconds(rows, keys, part, machine)),
+        Cost("softmax", rows * -(-keys // part), config.warps, fitting, 0, 0, 0, 0, 0, 0, -(-keys // 16),
+             softmax_seconds(rows, keys, config, machine)),
         Cost("output", output_programs, config.warps, fitting, half,
-             half * readers * blocks * (1 + ahead / RUN) + 4 * rows * keys * pieces + 4 * rows * runs * HEAD_DIM,
+             half * readers * blocks * (1 + ahead / RUN), 4 * rows * keys * pieces + 4 * rows * runs * HEAD_DIM,
              ahead * words * 4 / config.warps, pulled_v / pieces,
              output_programs * config.warps * (RUN + ahead) / 2 * OUTPUT_PAIR, RUN + ahead,
              fold * machine.l2_latency_s),
     ]  # fmt: skip
 
 
-ARRIVE, WAIT = 2, 2
-"""Round trips to the L2: a fence and an atomic; the load that sees the count, and the atomic that acquires."""
+ARRIVE = 2
+"""Round trips to the L2 of a program that counts itself: a fence, and an atomic."""
+SCORES_SEEN, P_SEEN = 3.5, 2.5
+"""The same from a store to those who wait for it: a fence, an atomic's way there, half a look missed and a look's way
+back; who waits for scores then looks once more, to acquire."""
 
 
 def last_heads(cost: Cost, machine: Machine) -> float:
@@ -162,27 +168,35 @@ def seconds(readers: int, keys: int, config: ExactConfig, registers: int) -> flo
     score, softmax, output = costs(readers, keys, config, registers, machine)
     if config.launches > 1:
         return sum(cost.seconds(machine) for cost in (score, softmax, output)) + 2 * machine.boundary_s
-    share, part = last_heads(score, machine), config.softmax_keys * config.softmax_passes
-    passed_on = (ARRIVE + WAIT) * machine.l2_latency_s
+    share = last_heads(score, machine)
     rows = int(readers * GROUP * KV_HEADS * share)
-    summed = passed_on + softmax_seconds(rows, keys, part, machine) + passed_on
+    summed = (SCORES_SEEN + P_SEEN) * machine.l2_latency_s + softmax_seconds(rows, keys, config, machine)
     # Meanwhile V comes, where programs ask for it: all that the last heads need, as long as there is the time.
     has_come = config.pull and summed * machine.copy_bytes_s >= share * output.hbm_bytes
-    tail = summed + output.seconds(machine, of=share, from_l2=has_come)
+    ending = output
+    if sum(cost.programs * cost.warps for cost in (score, softmax, output)) <= machine.sms * output.fitting:
+        asked = RUN / (RUN + config.output_tiles * TILE)  # all programs are there, and ask for V before they wait
+        ending = replace(
+            output, instructions=output.instructions * asked, tile_bytes=output.tile_bytes * asked, chain=RUN
+        )
+    tail = summed + ending.seconds(machine, of=share, from_l2=has_come)
     # The softmax of the other heads takes the place of instructions of outputs.
     exponentials = readers * GROUP * KV_HEADS * keys / 32 * (EXP + PROBABILITY) * (1 - share)
     busy = replace(output, instructions=output.instructions + exponentials).seconds(machine)
     return score.seconds(machine) + max(tail, busy) + ARRIVE * machine.l2_latency_s
 
 
-def softmax_seconds(rows: int, keys: int, part: int, machine: Machine) -> float:
+def softmax_seconds(rows: int, keys: int, config: ExactConfig, machine: Machine) -> float:
     """Scores and maxima arrive; exponentials; arriving, if there are parts; the sum; p."""
+    part = config.softmax_keys * config.softmax_passes
     parts = -(-keys // part)
     exponentials = -(-rows * parts // machine.sms) * min(keys, part) / 32 * EXP / 4
-    sums = keys / 16 * machine.add_cycles
     last = -(-rows // machine.sms) * max(keys / 32 * PROBABILITY / 4, keys * 8 / machine.sm_bytes_cycle)
-    trips = 1 + (2 if parts > 1 else 0) + 2  # e is read back for the sum, and once more for p
-    return (exponentials + sums + last) / machine.clock_hz + trips * machine.l2_latency_s
+    # A trip of the sum asks for what the next one adds, and lasts until that is there; the first adds nothing.
+    trip = max(config.softmax_steps * machine.add_cycles / machine.clock_hz, machine.l2_latency_s)
+    sums = (1 + -(-keys // (16 * config.softmax_steps))) * trip
+    trips = 1 + (ARRIVE if parts > 1 else 0)
+    return (exponentials + last) / machine.clock_hz + sums + trips * machine.l2_latency_s
 
 
 def page(config: ExactConfig, registers: int) -> str:
@@ -196,8 +210,8 @@ def page(config: ExactConfig, registers: int) -> str:
         f"Assumed: {machine.sms} SMs at {machine.clock_hz / 1e9} GHz, copy bandwidth {machine.copy_bytes_s / 1e12} "
         f"TB/s, L2 {machine.l2_bytes_s / 1e12} TB/s, latency {machine.latency_s * 1e6:.2f} us, from L2 "
         f"{machine.l2_latency_s * 1e6:.2f} us, {machine.add_cycles} cycles a dependent fma, {machine.sm_bytes_cycle} "
-        f"bytes a cycle between an SM and L2; passing a result on to another program takes {ARRIVE + WAIT} trips to "
-        f"the L2, {(ARRIVE + WAIT) * machine.l2_latency_s * 1e6:.1f} us; between two launches in a graph pass "
+        f"bytes a cycle between an SM and L2; until another program sees what was stored pass {SCORES_SEEN} trips to the "
+        f"L2 for scores and {P_SEEN} for p; between two launches in a graph pass "
         f"{machine.boundary_s * 1e6:.1f} us. Warps that ask for the same V bytes count them once. The time of a phase "
         "is that of the phase alone; in one launch softmax runs while K of other heads and V are read. One launch is "
         "taken never to leave the memory idle between K and V, pulls to run at the copy bandwidth, and scratch to stay "

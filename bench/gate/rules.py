@@ -17,8 +17,6 @@ _ALLOWED_PTX = (
 )  # fmt: skip
 _FORBIDDEN_PTX = ("approx", ".ftz", "div.full", "mma", "tcgen05", "ex2", "lg2", "rcp", "rsqrt", "sin.", "cos.", "tanh")
 _FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nsz")  # nnan and ninf are facts that LLVM infers
-_HINTS = 1
-"""Waits that read nothing afterwards: an output program holds its pull of V back until K has been read."""
 _FDIV_FMAS = 5
 """Fused multiply-adds that AMD's expansion of one IEEE division holds."""
 _FSQRT_FMAS = 2
@@ -49,9 +47,10 @@ def _in_ptx(asm: dict[str, str]) -> list[str]:
 def unacquired(asm: dict[str, str]) -> list[str]:
     """Refuse NVIDIA code that polls a counter and then reads, without an acquire, what others have written."""
     polls = asm["ptx"].count("ld.volatile")
-    acquires = len(re.findall(r"\b(?:ld|atom)[\w.]*\.acquire", asm["ptx"])) >= max(polls - _HINTS, 1)
+    acquires = len(re.findall(r"\b(?:ld|atom)[\w.]*\.acquire", asm["ptx"]))
     releases = re.search(r"\batom[\w.]*\.(?:acq_rel|release)", asm["ptx"])
-    return ["waits without an acquire, or for nobody that releases"] if polls and not (acquires and releases) else []
+    is_sound = acquires >= polls and (releases or not acquires)
+    return [] if is_sound else ["waits without an acquire, or for nobody that releases"]
 
 
 def fused_without_being_asked(asm: dict[str, str]) -> list[str]:

@@ -36,6 +36,7 @@ from kvkern.kernels.exact_tickets import (
     SCORED,
     TICKETS,
     arrive,
+    await_count,
     divide,
     item_of,
     leave,
@@ -61,10 +62,9 @@ class ScratchLayout:
 
     Attributes:
         counter_bytes: of the counters.
-        key_capacity: keys of a row in `t` and `e`.
+        key_capacity: keys of a row in `e`.
         runs: rows of `partial`.
-        t: scores: `[rows, key_capacity]` bf16 bits.
-        e: exponentials, then p: `[rows, key_capacity]` fp32.
+        e: scores, then exponentials, then p: `[rows, key_capacity]` fp32.
         partial: `[runs, rows, head_dim]` fp32.
         top: order keys of largest scores: `[rows, key_capacity / (2 * score_words)]` int32.
         flag: `[rows]` int32.
@@ -74,7 +74,6 @@ class ScratchLayout:
     counter_bytes: int
     key_capacity: int
     runs: int
-    t: int
     e: int
     partial: int
     top: int
@@ -97,7 +96,6 @@ def scratch_layout(rows: int, head_dim: int, tile_capacity: int, config: ExactCo
     tops = keys // (2 * config.score_words)
     sizes = [
         rows * COUNTERS.value * 4,
-        rows * keys * 2,
         rows * keys * 4,
         runs * rows * head_dim * 4,
         rows * tops * 4,
@@ -152,7 +150,7 @@ def launch(
     def array(start: int, dtype: torch.dtype) -> Tensor:
         return scratch[start:].view(dtype)
 
-    t, e = layout.t, array(layout.e, torch.float32)
+    e = array(layout.e, torch.float32)
     top, flag, counters = (array(start, torch.int32) for start in (layout.top, layout.flag, 0))
     strides = [stride // 2 for stride in (*suffix_k.stride()[:3], stride_tile, layer_offset)]
     suffix_starts = [(suffix.data_ptr() - pool.data_ptr()) // 4 for suffix in (suffix_k, suffix_v)]
@@ -173,8 +171,8 @@ def launch(
     waits = config.launches == 1
     for sizes in (items,) if waits else ((items[0], 0, 0), (0, items[1], 0), (0, 0, items[2])):
         exact_kernel[(kv_heads * sum(sizes),)](
-            q.view(torch.int32), words, table, *lengths, array(t, torch.int32), array(t, torch.int16), top,
-            e, e.view(torch.int64), flag, e if lse is None else lse, array(layout.partial, torch.int64),
+            q.view(torch.int32), words, table, *lengths, top, e, e.view(torch.int64), flag,
+            e if lse is None else lse, array(layout.partial, torch.int64),
             out.view(torch.int16), counters, *(stride // 2 for stride in q.stride()[:3]), *suffix_starts, *strides,
             *out.stride()[:3], table.shape[1], num_rows, max_query_len, first_query, lse is not None, key_run,
             batch * kv_heads * num_rows, capacity, *sizes, batch, score_blocks, output_blocks, score_parts,
@@ -184,7 +182,7 @@ def launch(
             KEYS=config.softmax_keys, PASSES=config.softmax_passes, STEPS=config.softmax_steps,
             OUTPUT_ROWS=output_rows, OUTPUT_WORDS=output_words, PIECES=pieces, TILES=config.output_tiles,
             RUNS=config.fold_runs, LAG=min(config.lag, kv_heads), WAITS=waits,
-            PULL=config.pull,
+            PULL=config.pull, WARM=config.warm,
             num_warps=config.warps, enable_fp_fusion=False, **config.options,
         )  # fmt: skip
 
@@ -205,11 +203,9 @@ def exact_kernel(
     pool_ptr,  # words; all tiles are addressed from here
     table_ptr,  # [P, max_blocks, 2] int64, offsets in bf16 elements
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr,  # int32
-    t_words_ptr,  # [rows, key_capacity / 2] words of two scores
-    t_ptr,  # the same, [rows, key_capacity] int16
     top_ptr,  # [rows, key_capacity / (2 * SCORE_WORDS)] int32, order keys of the largest scores of a program
-    e_ptr,  # [rows, key_capacity] fp32: exponentials, then p
-    p_ptr,  # the same, [rows, key_capacity / 2] int64, pairs of p
+    e_ptr,  # [rows, key_capacity] fp32: scores, then exponentials, then p, each at its key's `place_of`
+    pairs_ptr,  # the same, [rows, key_capacity / 2] int64: what keys 16 apart have
     flag_ptr,  # [rows] int32, 1 for a row that is NaN
     lse_ptr,  # [B, Hq, Tq] fp32
     partial_ptr,  # [runs, rows, D / 2] int64, run sums: pairs of fp32
@@ -231,6 +227,7 @@ def exact_kernel(
     KEYS: tl.constexpr, PASSES: tl.constexpr, STEPS: tl.constexpr,
     OUTPUT_ROWS: tl.constexpr, OUTPUT_WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
     RUNS: tl.constexpr, LAG: tl.constexpr, WAITS: tl.constexpr, PULL: tl.constexpr,
+    WARM: tl.constexpr,
 ):  # fmt: skip
     """Do one item."""
     ticket = tl.program_id(0)
@@ -250,18 +247,19 @@ def exact_kernel(
     of_head = counters_ptr + (b * KV_HEADS + kv_head).to(tl.int64) * num_rows * COUNTERS
     if phase == 0:
         score(
-            q_ptr, pool_ptr, table_ptr, readers, t_words_ptr, top_ptr, (stride_qb, stride_qh, stride_qt),
+            q_ptr, pool_ptr, table_ptr, readers, e_ptr, top_ptr, (stride_qb, stride_qh, stride_qt),
             (suffix_k_start, stride_sb, stride_sh, stride_st), tiles, rows, key_capacity, sm_scale,
             block, b, part, kv_head,
-            KV_HEADS, GROUP, SCORE_ROWS, HEAD_DIM, BLOCK_TILES, SCORE_WORDS, UNROLL, PULL,
+            KV_HEADS, GROUP, SCORE_ROWS, HEAD_DIM, BLOCK_TILES, SCORE_WORDS, UNROLL, PULL, WARM,
         )  # fmt: skip
         if WAITS:
             arrive(of_head + SCORED)
     elif phase == 1:
         if WAITS:
+            await_count(of_head + SCORED, score_blocks * score_parts)
             wait_for(of_head + SCORED, score_blocks * score_parts)
         is_ready = softmax(
-            t_ptr, top_ptr, e_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
+            top_ptr, e_ptr, pairs_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
             block, b, part, kv_head,
             KV_HEADS, GROUP, SCORE_WORDS, KEYS, PASSES, STEPS,
         )  # fmt: skip
@@ -270,11 +268,11 @@ def exact_kernel(
                 arrive(of_head + READY)
     else:
         output(
-            p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr,
+            pairs_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr,
             (suffix_v_start, stride_sb, stride_sh, stride_st), tiles, (stride_ob, stride_ot, stride_oh), rows, key_run,
             total_rows, key_capacity, score_blocks * score_parts, block, b, part, kv_head,
             KV_HEADS, GROUP, OUTPUT_ROWS, HEAD_DIM, BLOCK_TILES, OUTPUT_WORDS, PIECES, TILES, RUNS, WAITS,
-            PULL,
+            PULL, WARM,
         )  # fmt: skip
     if output_items > 0:  # of three launches, the last
         programs = KV_HEADS * (score_items + softmax_items + output_items)

@@ -5,26 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import all_keys, pull, run_shift, visible_keys
+from kvkern.kernels.exact_rows import all_keys, first_of, pull, run_shift, second_of, visible_keys, warm
 from kvkern.kernels.exact_tickets import COUNTERS, READY, SCORED, arrive, await_count, wait_for
 from kvkern.kernels.primitives import load_rows, rounded_bits, widen_high, widen_low
 
 TILE = tl.constexpr(64)
-GROUPED = tl.constexpr(8)
-"""Pairs of p that are loaded together. Loads begin a trip before a run and end 64 bytes behind it, in the scratch."""
+PAIRS = tl.constexpr(16)
+"""Of p, loaded together: 32 keys. Loads end 128 bytes behind a run, in the scratch."""
 
 
 @triton.jit
 def output(
-    p_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr, suffix_v, tiles, out_strides,
+    pairs_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr, suffix_v, tiles, out_strides,
     rows, key_run, total_rows, key_capacity, score_programs, block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
     WORDS: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr, WAITS: tl.constexpr,
-    PULL: tl.constexpr,
+    PULL: tl.constexpr, WARM: tl.constexpr,
 ):  # fmt: skip
     """Chain p and V of ROWS rows and 2 * WORDS channels over one run; a lane has one row and two channels.
 
-    Arguments as in `exact_kernel`; `p_ptr`: pairs of p.
+    Arguments as in `exact_kernel`.
     """
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr = readers
     suffix_start, stride_sb, stride_sh, stride_st = suffix_v
@@ -53,39 +53,47 @@ def output(
         place = (tl.maximum(end_key - 1, 0) // TILE, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own)
         offsets = _offsets(place, first, BLOCK_TILES, TILES)
         of_head = counters_ptr + reader_head.to(tl.int64) * num_rows * COUNTERS
-        if WAITS & PULL:
+        if WAITS:
             await_count(of_head + SCORED, score_programs)  # until then the memory is busy with K
         if PULL:
             first_tile = first_key // TILE
             _pull_run(place, pool_ptr, first_tile, end_key, piece, lane, HEAD_DIM, BLOCK_TILES, PIECES, ROWS * WORDS)
-        if WAITS:
-            wait_for(of_head + READY, num_rows)
         v_ptrs = pool_ptr + tl.minimum(word, HEAD_DIM // 2 - 1)
-        p_ptrs = p_ptr + out_row * (key_capacity // 2)
+        p_ptrs = pairs_ptr + out_row * (key_capacity // 2)
         even, odd = tl.zeros([ROWS * WORDS], tl.float32), tl.zeros([ROWS * WORDS], tl.float32)
-        factors = load_rows(p_ptrs + (first - 1) * (TILES * TILE // 2), None, 1, GROUPED)
+        factors = ()
+        for _ in tl.static_range(PAIRS):
+            factors = factors + (tl.zeros([ROWS * WORDS], tl.int64),)
         words = ()
         for _ in tl.static_range(TILES * TILE):
             words = words + (tl.zeros([ROWS * WORDS], tl.int32),)
-        # Each word of V is asked for when the one that it replaces has been spent. The first trip only asks: what it
-        # computes, from whatever lies before this run in p, is dropped.
+        # Each word of V is asked for when the one that it replaces has been spent. The first trip only asks, before p
+        # is there: what it computes, from whatever lies in its place, is dropped.
         for trip in range(first - 1, tl.where(end_key > first_key, end, first - 1)):  # no keys, no tile to ask for
+            p_here = p_ptrs + tl.maximum(trip, first) * (TILES * TILE // 2)
+            if trip == first:
+                if WAITS:
+                    wait_for(of_head + READY, num_rows)
+                if WARM:
+                    _warm_run(p_ptrs + first_key // 2, lane % WORDS, end_key - first_key, WORDS)
+                factors = load_rows(p_here, None, 1, PAIRS)
             if (trip + 1) * (TILES * TILE) > fewest:
                 seen = keys - (max_query_len - 1 - (first_query + row // GROUP))
                 words = _hide(words, seen - trip * (TILES * TILE), TILES)
             v_next, offsets = offsets, _offsets(place, trip + 2, BLOCK_TILES, TILES)
-            p_here = p_ptrs + trip * (TILES * TILE // 2)
             fresh = ()
             for tile in tl.static_range(TILES):
-                for start in tl.static_range(0, TILE // 2, GROUPED):
-                    upcoming = load_rows(p_here + (TILE // 2 * tile + start + GROUPED), None, 1, GROUPED)
-                    for i in tl.static_range(GROUPED):
-                        low = words[TILE * tile + 2 * (start + i)]
-                        high = words[TILE * tile + 2 * (start + i) + 1]
-                        one, two = _first(factors[i]), _second(factors[i])
+                for start in tl.static_range(0, TILE, 2 * PAIRS):
+                    upcoming = load_rows(p_here + (TILE * tile + start + 2 * PAIRS) // 2, None, 1, PAIRS)
+                    for i in tl.static_range(0, 2 * PAIRS, 2):
+                        low, high = words[TILE * tile + start + i], words[TILE * tile + start + i + 1]
+                        if i < PAIRS:  # neighbours in p are 16 keys apart
+                            one, two = first_of(factors[i]), first_of(factors[i + 1])
+                        else:
+                            one, two = second_of(factors[i - PAIRS]), second_of(factors[i - PAIRS + 1])
                         even = tl.fma(one, widen_low(low), tl.fma(two, widen_low(high), even))
                         odd = tl.fma(one, widen_high(low), tl.fma(two, widen_high(high), odd))
-                        ptrs = v_ptrs + v_next[tile] + 2 * (start + i) * (HEAD_DIM // 2)
+                        ptrs = v_ptrs + v_next[tile] + (start + i) * (HEAD_DIM // 2)
                         fresh = fresh + load_rows(ptrs, None, HEAD_DIM // 2, 2)  # after the last trip, its tiles again
                     factors = upcoming
             words = fresh
@@ -122,6 +130,14 @@ def _pull_run(
 
 
 @triton.jit
+def _warm_run(p_ptrs, lane, keys, LANES: tl.constexpr):
+    """Ask the L1 for a row's p of a run, a line a lane: every line is used for 32 keys, and waited for but once."""
+    for start in range(0, keys, LANES * 2 * PAIRS):
+        key = start + lane * (2 * PAIRS)
+        warm(p_ptrs + key // 2, key < keys)
+
+
+@triton.jit
 def _hide(words, seen, TILES: tl.constexpr):
     """Put +0 where a row does not see a key. As p is -0 there, the chain stays as it is (A7)."""
     hidden = ()
@@ -140,18 +156,6 @@ def _offsets(place, trip, BLOCK_TILES: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _first(pair):
-    """Return the fp32 at the smaller address of an int64."""
-    return pair.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _second(pair):
-    """Return the other fp32 of an int64."""
-    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _tile_offset(place, tile, BLOCK_TILES: tl.constexpr):
     """Where a tile of V begins, in words from the pool; past the last tile, where that one does."""
     last_tile, shared_tiles, blocks_ptr, stride_tile, shared, stride_st, own = place
@@ -165,13 +169,13 @@ def _tile_offset(place, tile, BLOCK_TILES: tl.constexpr):
 def _fold(sums, runs, most_runs, stride, inside, RUNS: tl.constexpr):
     """Add the run sums of every lane, left to right; RUNS of them are loaded together."""
     pair = tl.load(sums, mask=inside & (runs > 0), other=0)
-    even, odd = _first(pair), _second(pair)
+    even, odd = first_of(pair), second_of(pair)
     for start in range(1, most_runs, RUNS):
         pairs = ()
         for i in tl.static_range(RUNS):
             ptrs = sums + (start + i) * stride
             pairs = pairs + (tl.load(ptrs, mask=inside & (start + i < runs), other=0),)
         for i in tl.static_range(RUNS):
-            even = tl.where(start + i < runs, even + _first(pairs[i]), even)
-            odd = tl.where(start + i < runs, odd + _second(pairs[i]), odd)
+            even = tl.where(start + i < runs, even + first_of(pairs[i]), even)
+            odd = tl.where(start + i < runs, odd + second_of(pairs[i]), odd)
     return even, odd

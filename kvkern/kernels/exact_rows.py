@@ -29,6 +29,33 @@ def run_shift(key_run, query_len, keys):
 
 
 @triton.jit
+def place_of(key):
+    """Return where a key's score, exponential and p lie in its row: keys 16 apart are neighbours.
+
+    So one load has two of the terms that a lane of the sum adds one after the other.
+    """
+    return (key & -32) | ((key & 15) << 1) | ((key >> 4) & 1)
+
+
+@triton.jit
+def key_at(place):
+    """Undo place_of."""
+    return (place & -32) | ((place & 1) << 4) | ((place >> 1) & 15)
+
+
+@triton.jit
+def first_of(pair):
+    """Return the fp32 at the smaller address of an int64."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def second_of(pair):
+    """Return the other fp32 of an int64."""
+    return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def add_pair(factors, first, second, total):
     """Add a pair to a chain, the odd element first; the two factors, equal for all lanes, travel in one word."""
     return tl.fma(widen_low(factors), first, tl.fma(widen_high(factors), second, total))
@@ -41,6 +68,15 @@ def load_words(ptrs, mask, step: tl.constexpr, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
         words = words + (tl.load(ptrs + i * step, mask=mask),)
     return words
+
+
+@triton.jit
+def warm(ptrs, wanted):
+    """Ask the L1 of an NVIDIA GPU for the line behind each pointer; waits for nothing."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; @%p prefetch.global.L1 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [ptrs.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import add_pair, all_keys, load_words, pull
+from kvkern.kernels.exact_rows import add_pair, all_keys, load_words, place_of, pull, warm
 from kvkern.kernels.primitives import NAN_KEY, order_key, round16, widen_high, widen_low
 
 TILE = tl.constexpr(64)
@@ -16,11 +16,11 @@ def score(
     q_ptr, pool_ptr, table_ptr, readers, t_ptr, top_ptr, q_strides, suffix_k, tiles, rows, key_capacity, sm_scale,
     block, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    WORDS: tl.constexpr, UNROLL: tl.constexpr, PULL: tl.constexpr,
+    WORDS: tl.constexpr, UNROLL: tl.constexpr, PULL: tl.constexpr, WARM: tl.constexpr,
 ):  # fmt: skip
     """Score ROWS rows against 2 * WORDS keys, and leave the largest score of each row; arguments as in `exact_kernel`.
 
-    `t_ptr`: words of two scores; `top_ptr`: `[rows, key_capacity / (2 * WORDS)]`.
+    `top_ptr`: `[rows, key_capacity / (2 * WORDS)]`.
     """
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr = readers[0], readers[1], readers[2]
     stride_qb, stride_qh, stride_qt = q_strides
@@ -54,6 +54,9 @@ def score(
             real = tl.minimum(block * ROWS + r, num_rows - 1)
             head, query = kv_head * GROUP + real % GROUP, first_query + real // GROUP
             q_starts = q_starts + (q_ptr + b * stride_qb + head * stride_qh + query * stride_qt,)
+            if WARM:
+                line = 32 * tl.arange(0, WORDS)
+                warm(q_starts[r] + line, line < HEAD_DIM // 2)
             even = even + (tl.zeros([WORDS], tl.float32),)
             odd = odd + (tl.zeros([WORDS], tl.float32),)
         words = ()
@@ -80,8 +83,9 @@ def score(
             row = block * ROWS + r
             if row < num_rows:
                 low, high = score_bits(even[r], sm_scale), score_bits(odd[r], sm_scale)
-                packed = ((low >> 16) & 0xFFFF) | (high & -65536)
-                tl.store(t_ptr + (first_out + r) * (key_capacity // 2) + word, packed)
+                t_row = t_ptr + (first_out + r) * key_capacity
+                tl.store(t_row + place_of(2 * word), low.to(tl.float32, bitcast=True))
+                tl.store(t_row + place_of(2 * word + 1), high.to(tl.float32, bitcast=True))
                 seen = keys - (max_query_len - 1 - (first_query + row // GROUP))
                 top = tl.where(2 * word < seen, order_key(low), -0x80000000)
                 top = tl.maximum(top, tl.where(2 * word + 1 < seen, order_key(high), -0x80000000))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvkern.kernels.exact_rows import all_keys, visible_keys
+from kvkern.kernels.exact_rows import all_keys, first_of, key_at, second_of, visible_keys
 from kvkern.kernels.exact_tickets import COUNTERS, arrive
 from kvkern.kernels.primitives import (
     INFINITY_KEY,
@@ -15,7 +15,6 @@ from kvkern.kernels.primitives import (
     halve16,
     log_n,
     round16,
-    widen16,
 )
 
 TILE = tl.constexpr(64)
@@ -25,14 +24,15 @@ TOPS = tl.constexpr(512)
 
 @triton.jit
 def softmax(
-    t_ptr, top_ptr, e_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
+    top_ptr, e_ptr, pairs_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
     row, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """Take exponentials of PASSES * KEYS keys of a row; its last program adds them up and makes p of them.
 
-    Arguments as in `exact_kernel`; `t_ptr`: single scores. Returns whether the row's p is there now.
+    Arguments as in `exact_kernel`. Returns whether the row's p is there now. What is loaded past the last key that is
+    seen may be anything, and is dropped; what is stored there adds nothing.
     """
     prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr = readers
     num_rows, max_query_len, first_query = rows
@@ -43,17 +43,16 @@ def softmax(
     parts = tl.maximum((visible + PASSES * KEYS - 1) // (PASSES * KEYS), 1)
     if part < parts:
         out_row = (b * KV_HEADS + kv_head).to(tl.int64) * num_rows + row
-        t_row, e_row = t_ptr + out_row * key_capacity, e_ptr + out_row * key_capacity
-        lane = tl.arange(0, KEYS)
+        row_start = tl.multiple_of(out_row * key_capacity, TILE)
+        e_row = e_ptr + row_start
+        place = tl.arange(0, KEYS)
         first = part * (PASSES * KEYS)
-        t = tl.load(t_row + first + lane, mask=first + lane < visible, other=0)  # on its way while the maximum is found
+        t = tl.load(e_row + first + place)  # on its way while the maximum is found
         largest, is_nan = _largest(top_ptr + out_row * (key_capacity // (2 * WORDS)), visible, WORDS)
-        end = tl.minimum(first + PASSES * KEYS, visible)
-        for start in range(first, end, KEYS):
-            key = start + lane
-            upcoming = tl.load(t_row + key + KEYS, mask=key + KEYS < end, other=0)
-            e = exp_c(widen16(t) - largest)
-            tl.store(e_row + key, tl.where((key < visible) & (is_nan == 0), e, 0.0))
+        for start in range(first, tl.minimum(first + PASSES * KEYS, visible), KEYS):
+            upcoming = tl.load(e_row + _within(start + KEYS, key_capacity, KEYS) + place)
+            is_seen = (start + key_at(place) < visible) & (is_nan == 0)
+            tl.store(e_row + start + place, exp_c(tl.where(is_seen, t - largest, float("-inf"))))
             t = upcoming
         count = parts - 1
         tl.debug_barrier()  # the sum reads what other threads have just written
@@ -61,7 +60,7 @@ def softmax(
             count = arrive(counters_ptr + out_row * COUNTERS)
         is_last = count == parts - 1
         if is_last:
-            total = _probabilities(e_row, visible, key_capacity, KEYS, STEPS)
+            total = _probabilities(e_row, pairs_ptr + row_start // 2, visible, key_capacity, KEYS, STEPS)
             tl.store(flag_ptr + out_row, is_nan.to(tl.int32))
             if has_lse != 0:
                 nan = tl.full([], 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
@@ -86,32 +85,39 @@ def _largest(top_ptr, visible, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(e_row, visible, key_capacity, KEYS: tl.constexpr, STEPS: tl.constexpr):
-    """Add up a row, and turn it into p, kept in fp32; returns the sum. STEPS loads of 16 keys are under way.
+def _within(start, key_capacity, KEYS: tl.constexpr):
+    """Where to load the KEYS of `start` from: past the end of a row, its last ones again."""
+    return tl.multiple_of(tl.minimum(start, key_capacity.to(tl.int32) - KEYS), KEYS)
+
+
+@triton.jit
+def _probabilities(e_row, pairs_row, visible, key_capacity, KEYS: tl.constexpr, STEPS: tl.constexpr):
+    """Add up a row, and turn it into p, kept in fp32; returns the sum. Loads of STEPS groups of 16 keys are under way.
 
     Behind the last visible key p is -0, up to the end of a tile that another row of an output program may see.
     """
+    place = tl.arange(0, KEYS)
+    e = tl.load(e_row + place)
     sums = tl.zeros([16], tl.float32)
-    lane16, lane = tl.arange(0, 16), tl.arange(0, KEYS)
-    terms = ()
-    for _ in tl.static_range(STEPS):
-        terms = terms + (tl.zeros([16], tl.float32),)  # the first trip adds nothing, and asks for terms
-    for start in range(0, visible + 16 * STEPS, 16 * STEPS):  # the next terms are on their way meanwhile
-        upcoming = ()
-        for step in tl.static_range(STEPS):
-            key = start + 16 * step + lane16
-            upcoming = upcoming + (tl.load(e_row + key, mask=lane16 + start < visible, other=0.0),)
-        for step in tl.static_range(STEPS):
-            sums += terms[step]
-        terms = upcoming
-    e = tl.load(e_row + lane, mask=lane < visible, other=0.0)
+    pairs = ()
+    for _ in tl.static_range(STEPS // 2):
+        pairs = pairs + (tl.zeros([16], tl.int64),)
+    # A pair is asked for when the one that it replaces has been spent. The first trip adds zeros, and asks.
+    for start in range(0, visible + 16 * STEPS, 16 * STEPS):
+        ptrs = pairs_row + _within(start, key_capacity, 16 * STEPS) // 2 + tl.arange(0, 16)
+        fresh = ()
+        for i in tl.static_range(STEPS // 2):
+            sums += first_of(pairs[i])
+            sums += second_of(pairs[i])
+            fresh = fresh + (tl.load(ptrs + 16 * i),)
+        pairs = fresh
     total = halve16(sums)
     total = tl.where(total > 0.0, total, 1.0)  # a row that sees nothing, or that is NaN, divides by something
     reciprocal = tl.div_rn(1.0, total)
     tl.debug_barrier()  # p takes the place of e, which every warp has added up for itself
-    for start in range(0, tl.minimum(visible + TILE, key_capacity), KEYS):
-        key = start + lane
-        upcoming = tl.load(e_row + key + KEYS, mask=key + KEYS < visible, other=0.0)
-        tl.store(e_row + key, tl.where(key < visible, round16(e * reciprocal), -0.0))
+    for start in range(0, tl.minimum(visible + TILE, key_capacity.to(tl.int32)), KEYS):
+        upcoming = tl.load(e_row + _within(start + KEYS, key_capacity, KEYS) + place)
+        p = tl.where(start + key_at(place) < visible, round16(e * reciprocal), -0.0)
+        tl.store(e_row + start + place, p)
         e = upcoming
     return total

@@ -26,6 +26,8 @@ GONE = tl.constexpr(12)
 CLEARED = tl.constexpr(256)
 """Counters that the last program clears at once."""
 MAGIC_BITS = tl.constexpr(40)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""There is no assembly in the interpreter, nor anybody to wait for."""
 
 
 def magic(divisor: int) -> int:
@@ -75,10 +77,23 @@ def await_count(counter, count):
 
 @triton.jit
 def wait_for(counter, count):
-    """Wait until `count` programs have arrived, and see what they have stored."""
-    await_count(counter, count)
-    tl.atomic_max(counter, 0, sem="acquire", scope="gpu")  # adding 0 is dropped by some versions of Triton
-    tl.debug_barrier()
+    """Wait until `count` programs have arrived, and see what they have stored: every thread by itself, no barrier.
+
+    Each look empties the L1, which others on the multiprocessor may need: `await_count` first, where K is being read.
+    """
+    while _acquired(counter) < count:
+        pass
+
+
+@triton.jit
+def _acquired(counter):
+    if INTERPRETED:
+        value = tl.load(counter)
+    else:
+        value = tl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return value
 
 
 @triton.jit

@@ -26,7 +26,8 @@ class ExactConfig:
         score_unroll: channel pairs whose loads are in flight together.
         softmax_keys: keys of a row per pass.
         softmax_passes: passes of a program; a longer row has more programs.
-        softmax_steps: groups of 16 keys whose loads are in flight together.
+        softmax_steps: groups of 16 keys whose loads are in flight together, a power of two; 16 times as many divide
+            softmax_keys.
         output_rows: query rows that an output program takes at most, a power of two.
         output_lanes: rows times words of two channels of an output program, at most.
         output_tiles: tiles of V in flight together, 1, 2 or 4; as many times 64 keys divide softmax_keys.
@@ -34,8 +35,9 @@ class ExactConfig:
         lag: KV heads by which softmax is behind the scores, where there are so many.
         warps: of a program.
         max_registers: of a thread, where the compiler would take fewer and spill; 0 leaves it to the compiler.
-        launches: 1, or 3 for a launch of each phase.
-        pull: whether programs ask the L2 for all of their K or V at once.
+        launches: 1, on NVIDIA's GPUs, or 3 for a launch of each phase.
+        pull: whether programs ask the L2 for all of their K or V at once: NVIDIA's, since sm_90.
+        warm: whether they ask the L1 for q and p before they read them word by word: NVIDIA's.
     """
 
     score_rows: int
@@ -53,6 +55,7 @@ class ExactConfig:
     max_registers: int
     launches: int
     pull: bool
+    warm: bool
 
     @property
     def options(self) -> dict[str, int]:

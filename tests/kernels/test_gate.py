@@ -79,7 +79,7 @@ def test_gate__notices_figures_that_get_worse() -> None:
 def test_gate__a_wait_needs_an_acquire_and_a_release() -> None:
     from bench.gate.rules import unacquired
 
-    poll, acquire = "ld.volatile.global.b32 { %r1 }, [ %rd1 ];", "@%p1 ld.global.gpu.acquire.b32 %r2, [ %rd1 ];"
+    poll, acquire = "ld.volatile.global.b32 { %r1 }, [ %rd1 ];", "ld.acquire.gpu.global.b32 %r2, [%rd1];"
     release = "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [ %rd1 ], 1;"
     assert unacquired({"ptx": "\n".join((poll, acquire, release))}) == [] == unacquired({"ptx": release})
     for lacking in ((poll, release), (poll, acquire), (poll,), (poll, poll, poll, acquire, release)):
