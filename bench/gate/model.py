@@ -111,8 +111,8 @@ class Cost:
 SCORE_ROW, SCORE_PAIR = 7, 10
 """Instructions of a pair of channels for 64 keys: of a row a load, widening and 4 fmas; of K, as compiled, the rest."""
 OUTPUT_PAIR = 406 / 32
-"""The same of a pair of keys for one row and 64 channels: as compiled, a trip of 64 keys has 128 fmas, 128 widenings, 96
-loads, and the rest."""
+"""The same of a pair of keys for one row and 64 channels, as compiled: 128 fmas, 128 widenings, 96 loads and the rest
+are a trip of 64 keys."""
 EXP, PROBABILITY = 31, 14
 """Instructions for 32 keys, as compiled: the exponential with its load and store; p with its own."""
 
@@ -210,12 +210,13 @@ def page(config: ExactConfig, registers: int) -> str:
         f"Assumed: {machine.sms} SMs at {machine.clock_hz / 1e9} GHz, copy bandwidth {machine.copy_bytes_s / 1e12} "
         f"TB/s, L2 {machine.l2_bytes_s / 1e12} TB/s, latency {machine.latency_s * 1e6:.2f} us, from L2 "
         f"{machine.l2_latency_s * 1e6:.2f} us, {machine.add_cycles} cycles a dependent fma, {machine.sm_bytes_cycle} "
-        f"bytes a cycle between an SM and L2; until another program sees what was stored pass {SCORES_SEEN} trips to the "
-        f"L2 for scores and {P_SEEN} for p; between two launches in a graph pass "
+        f"bytes a cycle between an SM and L2; until another program sees what was stored pass {SCORES_SEEN} trips to "
+        f"the L2 for scores and {P_SEEN} for p; between two launches in a graph pass "
         f"{machine.boundary_s * 1e6:.1f} us. Warps that ask for the same V bytes count them once. The time of a phase "
         "is that of the phase alone; in one launch softmax runs while K of other heads and V are read. One launch is "
-        "taken never to leave the memory idle between K and V, pulls to run at the copy bandwidth, and scratch to stay "
-        "in the L2 (8 readers of 32,768 keys have 50 MB, which does not): its figures are the best to be hoped for.",
+        "taken never to leave the memory idle between K and V, pulls to run at the copy bandwidth, words of q and p to "
+        "be in the L1 when they are used, and scratch to stay in the L2 (8 readers of 32,768 keys have 42 MB, beside K "
+        "and V, which does not): its figures are the best to be hoped for.",
         "| keys | readers | phase | warps per SM | K or V bytes in flight per SM | longest chain | predicted us |",
         "|---:|---:|---|---:|---:|---:|---:|",
     ]

@@ -16,6 +16,7 @@ from kvkern.kernels import activation, linear, linear_many, model_ops, native_mo
 from kvkern.kernels.launch_config import ModelConfig, model_config
 from kvkern.tables import RopeTable, silu_table
 from tests.support.bits import differing
+from tests.support.interpreter import needs_interpreter
 
 BASE = model_config("interpreter")
 LONG = [pytest.mark.long, pytest.mark.slow]
@@ -27,14 +28,9 @@ CONFIGS = {
                       norm_lanes=64, activation_lanes=128),
     "many": replace(BASE, few_rows=0, many=(8, 32, 10, 1), fold_words=64, fold_runs=2, norm_lanes=4096),
 }  # fmt: skip
+pytestmark = needs_interpreter
 PLANTED = 2.0**20
 """Its square, 2^40, swallows everything that is added between it and its negative."""
-
-
-@pytest.fixture(autouse=True)
-def interpreter() -> None:
-    if not triton_door.is_interpreted():
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
 
 
 def cancelling(rows: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:

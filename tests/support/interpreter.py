@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
+
+from kvkern.kernels import triton_door
+
+needs_interpreter = pytest.mark.skipif(
+    not triton_door.is_interpreted(), reason="Triton was imported without TRITON_INTERPRET=1"
+)
 
 PLACES = (
     (interpreter, "_patch_lang"),
