@@ -30,7 +30,7 @@ import triton
 import kvkern
 from bench import gpu_fast
 from bench.gate.model import registers_on_record, seconds
-from kvkern.attention import KVView, launch
+from kvkern.attention import launch
 from kvkern.contract import CONTRACT_ID
 from kvkern.kernels import triton_door
 from kvkern.kernels.launch_config import exact_config
@@ -38,6 +38,8 @@ from tests.support.views import paged_view, random_qkv, shared_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from kvkern.view import KVView
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_GPU else "cpu")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kvkern
-from kvkern.attention import KVView, launch
+from kvkern.attention import launch
 from kvkern.kernels import fast_door
 from kvkern.kernels.fast_cost import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from kvkern.view import KVView
 
     Timer = Callable[[list[Callable[[], object]]], float | None]
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from bench.bits import compared
-from kvkern.attention import KVView, launch, resolve
+from kvkern.attention import launch, resolve
 from kvkern.contract import TILE_TOKENS
 from kvkern.kernels import native
 from kvkern.layout import BlockStore, map_pool
 from kvkern.spec import KVSpec
+from kvkern.view import KVView
 from tests.support.views import int32
 
 if TYPE_CHECKING:

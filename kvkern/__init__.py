@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvkern.attention import KVView, Plan, new_workspace, prefix_attention, resolve
+    from kvkern.attention import Plan, new_workspace, prefix_attention, resolve
     from kvkern.auditing import Audit, audit
     from kvkern.errors import (
         AccessError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvkern.model_patch.register import patch, unpatch
     from kvkern.model_patch.store import Prefix, Store
     from kvkern.spec import KVSpec
+    from kvkern.view import KVView
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _HOMES = {
     "Explanation": "layout",
     "IntegrityError": "errors",
     "KVSpec": "spec",
-    "KVView": "attention",
+    "KVView": "view",
     "KvkernError": "errors",
     "LayoutError": "errors",
     "Plan": "attention",

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvkern.attention import KVView, launch, new_workspace, prefix_attention
+from kvkern.attention import launch, new_workspace, prefix_attention
 from kvkern.contract import KEY_RUN
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
+from kvkern.view import KVView
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvkern.attention import KVView, append
 from kvkern.contract import TILE_TOKENS
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.model_patch.register import IMPLEMENTATION, is_patched
+from kvkern.view import KVView, append
 
 if TYPE_CHECKING:
     from torch import Tensor

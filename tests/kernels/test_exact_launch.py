@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 import kvkern
-from kvkern.attention import KVView
 from kvkern.kernels import exact, exact_output, exact_rows, exact_score, exact_tickets, triton_door
+from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.exact import BASE, CONFIGS, attend, same_as_c
 from tests.support.interpreter import needs_interpreter

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.attention import KVView
 from kvkern.kernels import exact, ops, triton_door
+from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.interpreter import needs_interpreter
 from tests.support.views import int32, random_qkv

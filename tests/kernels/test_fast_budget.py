@@ -14,8 +14,9 @@ import torch
 import triton
 
 import kvkern
-from kvkern.attention import KVView, new_workspace
+from kvkern.attention import new_workspace
 from kvkern.kernels import fast, fast_door, ops, triton_door
+from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.fast import attend, readers_of_one_prefix
 from tests.support.fast_twin import TWINS, twin

@@ -12,8 +12,8 @@ import torch
 
 import kvkern
 from kvkern import contract
-from kvkern.attention import KVView
 from kvkern.kernels import native, triton_door
+from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.views import int32, paged_view, random_qkv, shared_view
 

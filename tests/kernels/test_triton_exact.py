@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 import kvkern
-from kvkern.attention import KVView, append
 from kvkern.kernels import (
     exact_output,
     exact_rows,
@@ -22,6 +21,7 @@ from kvkern.kernels import (
     triton_door,
 )
 from kvkern.kernels.launch_config import ExactConfig
+from kvkern.view import KVView, append
 from tests.support.bits import differing
 from tests.support.exact import BASE, CONFIGS, attend, cancelling, same_as_c
 from tests.support.interpreter import needs_interpreter

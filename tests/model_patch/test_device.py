@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import kvkern
-from kvkern import attention
+from kvkern import attention, view
 from kvkern.kernels import fast
 from kvkern.layout import map_pool, upload
 from kvkern.model_patch import attention as attention_module
@@ -20,7 +20,8 @@ from tests.support.bits import differing, sha256
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU stand for a GPU: the pool is uploaded, and every call goes to Triton."""
-    monkeypatch.setattr(attention, "_takes_c", lambda *_: False)
+    for module in (attention, view):
+        monkeypatch.setattr(module, "is_native", lambda _: False)
     monkeypatch.setattr(store_module, "map_pool", lambda shards: upload(map_pool(shards), torch.device("cpu")))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.attention import KVView
 from kvkern.kernels import triton_door
 from kvkern.kernels.launch_config import ExactConfig, exact_config
+from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.views import random_qkv
 

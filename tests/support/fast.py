@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.attention import KVView, new_workspace
+from kvkern.attention import new_workspace
 from kvkern.kernels import fast_door
 from kvkern.kernels.fast_plan import FastPlan
 from kvkern.kernels.launch_config import FastConfig
+from kvkern.view import KVView
 from tests.support.views import random_qkv
 
 

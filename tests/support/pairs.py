@@ -18,13 +18,13 @@ from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import kvkern
-from kvkern.attention import KVView
 from kvkern.contract import TILE_TOKENS
 from kvkern.kernels import fast_door
 from kvkern.kernels.launch_config import fast_config
 from kvkern.layout import unpack
 from kvkern.model_patch import attention as attention_module
 from kvkern.model_patch.store import Prefix
+from kvkern.view import KVView
 from tests.support.distances import BINS, histogram
 from tests.support.models import greedy, greedy_stock, stock_cache
 from tests.support.stock import eager_attention

@@ -7,8 +7,8 @@ import random
 import torch
 import torch.nn.functional as F
 
-from kvkern.attention import KVView
 from kvkern.layout import BLOCK_TILES, BLOCK_TOKENS, TILE_TOKENS, pack
+from kvkern.view import KVView
 
 
 def random_qkv(
