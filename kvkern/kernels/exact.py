@@ -174,7 +174,7 @@ def launch(
             q.view(torch.int32), words, table, *lengths, top, e, e.view(torch.int64), flag,
             e if lse is None else lse, array(layout.partial, torch.int64),
             out.view(torch.int16), counters, *(stride // 2 for stride in q.stride()[:3]), *suffix_starts, *strides,
-            *out.stride()[:3], table.shape[1], num_rows, max_query_len, first_query, lse is not None, key_run,
+            *out.stride()[:3], table.shape[1], num_rows, max_query_len, first_query, int(lse is not None), key_run,
             batch * kv_heads * num_rows, capacity, *sizes, batch, score_blocks, output_blocks, score_parts,
             *(magic(divisor) for divisor in (batch, num_rows, score_blocks, output_blocks)), sm_scale,
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_TILES=block_tiles,

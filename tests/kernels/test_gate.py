@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import triton
 
 import kvkern
+from kvkern import operations
+from kvkern.kernels import ops
+from kvkern.tables import RopeTable
+from kvkern.view import KVView
+from tests.support.interpreter import needs_interpreter
+from tests.support.views import int32, random_qkv
 
 CHECKOUT = Path(kvkern.__file__).parents[1]
 CAUGHT = {
@@ -103,3 +113,53 @@ def test_gpu_script__runs_in_the_interpreter(tmp_path: Path) -> None:
     assert len(model) == 6 and all(row["differ"] == 0 for row in model)
     assert {row["device"] for row in rows} == {"cpu, Triton's interpreter"}
     assert any(row.get("absent") == "not installed" for row in rows if row["part"] == "peers")
+
+
+LAUNCHED = {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32",
+            torch.bfloat16: "*bf16", int: "i32", float: "fp32"}  # fmt: skip
+SAME = [("i32", "i64"), ("*i16", "*bf16")]
+"""A number that is annotated int64; bf16, which the interpreter does not have."""
+
+
+@needs_interpreter
+def test_gate__compiles_the_types_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is launched with a bool, or over words of another type, is another one than the gate's."""
+    from bench.gate.cases import exact_cases
+    from bench.gate.compiler import signature
+    from bench.gate.fast_cases import fast_cases
+
+    compiled = {case.kernel: case for case in (*exact_cases("sm90"), *fast_cases("sm90"))}
+    launched: dict[object, dict[str, object]] = {}
+    for kernel in compiled:
+
+        def noted(*given: object, kernel=kernel, run=kernel.run, **options: object) -> object:
+            names = inspect.signature(kernel.fn).parameters
+            own = {name: value for name, value in options.items() if name in names}
+            launched.setdefault(kernel, inspect.getcallargs(kernel.fn, *given, **own))
+            return run(*given, **options)
+
+        monkeypatch.setattr(kernel, "run", noted)
+    _launch_all()
+    assert launched.keys() == compiled.keys()
+    for kernel, arguments in launched.items():
+        case = replace(compiled[kernel], kernel=triton.JITFunction(kernel.fn))
+        for name, expected in signature(case).items():
+            if expected != "constexpr":
+                value = arguments[name]
+                given = LAUNCHED[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+                assert given == expected or (given, expected) in SAME, (case.name, name, given, expected)
+
+
+def _launch_all() -> None:
+    q, k, v = random_qkv(1, 2, 1, 1, 20, 64)
+    kv = KVView.from_dense(k, v)
+    for profile in ("exact", "fast"):
+        kvkern.prefix_attention(q, kv, profile=profile, backend="triton", return_lse=True)
+    ops.append(k, v, kv.suffix_k, kv.suffix_v, int32(0), int32(20))
+    x, weight = torch.randn(40, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    for rows in (1, 40):
+        operations.linear(x[:rows], weight, path="triton")
+    operations.rms_norm(x, weight[0], 1e-6, path="triton")
+    operations.silu_times(x, x, path="triton")
+    table = RopeTable(*torch.randn(2, 300, 32).bfloat16())
+    operations.rotary(q, torch.zeros(1, 1, dtype=torch.int64), table, path="triton")
