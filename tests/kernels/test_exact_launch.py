@@ -15,9 +15,11 @@ from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.exact import BASE, CONFIGS, attend, same_as_c
 from tests.support.interpreter import needs_interpreter
+from tests.support.schedule import Hang, scheduled
 from tests.support.views import random_qkv, shared_view
 
 pytestmark = needs_interpreter
+LONG = [pytest.mark.long, pytest.mark.slow]
 
 
 @triton.jit
@@ -208,3 +210,68 @@ def test_warm__lines_of_q_and_p_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     # A row that sees a key less still reads its line: neighbours in a program may see it.
     lines = (rows[:, None] + 128 * torch.arange(-(-keys // 32))).flatten()
     assert sorted(asked[exact_output]) == lines.tolist(), "one piece of the channels: every line once"
+
+
+def crowded(seed: int, resident: int) -> int:
+    """Let programs run by turns, in a work space of noise; returns the outputs that differ from C's."""
+    q, k, v = random_qkv(2, 2, 2, 1, 400, 16)
+    kv = shared_view(k, v, 300, [1, 1])
+    config = replace(CONFIGS["middle"], softmax_passes=1, output_lanes=8, score_words=128, lag=1)
+    workspace = kvkern.new_workspace(q, kv, backend="triton")
+    counters = exact.scratch_layout(8, 16, 1, config).counter_bytes
+    workspace[counters:] = torch.randint(0, 256, (workspace.numel() - counters,), dtype=torch.uint8)
+    with scheduled(seed, resident) as schedule:
+        out = attend(q, kv, config=config, workspace=workspace)
+    assert schedule.turns > 100 and not workspace[:counters].any()
+    return differing(out, kvkern.prefix_attention(q, kv, backend="c"))
+
+
+ALL = 1000
+SCHEDULES = [(0, 1), (1, 5), (2, ALL)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "resident"),
+    [*SCHEDULES, *(pytest.param(n, (2, 11, 30, ALL)[n % 4], marks=LONG) for n in range(3, 100))],
+)
+def test_bits_triton__programs_at_once_in_any_order(seed: int, resident: int) -> None:
+    """However many have room, whoever begins first, wherever one is held up: C's bits, and nobody waits forever."""
+    assert crowded(seed, resident) == 0
+
+
+def _leave_early(counters_ptr: tl.tensor, programs: int, counters: tl.tensor) -> None:
+    if exact_tickets.arrive(counters_ptr + exact_tickets.GONE) == programs - 2:
+        words = counters_ptr + tl.arange(0, 16)
+        for start in range(0, int(counters.handle.data.item()), 16):
+            tl.store(words + start, 0)
+
+
+def _waits_for(more: int):
+    return lambda counter, count: exact_tickets.wait_for(counter, count + more)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault"),
+    [
+        pytest.param(exact, "wait_for", _waits_for(-1), id="one score program is not waited for"),
+        pytest.param(exact_output, "wait_for", _waits_for(-1), id="one row of p is not waited for"),
+        pytest.param(exact, "leave", _leave_early, id="counters are cleared before the last has gone"),
+    ],
+)
+def test_bits_triton__a_wait_that_is_too_short_fails(monkeypatch: pytest.MonkeyPatch, module, name: str, fault) -> None:
+    monkeypatch.setattr(module, "await_count", lambda counter, count: None)
+    monkeypatch.setattr(module, name, fault)
+    assert any(_goes_wrong(seed) for seed in range(5))
+
+
+def _goes_wrong(seed: int) -> bool:
+    try:
+        return crowded(seed, ALL) > 0
+    except AssertionError:  # counters are not 0
+        return True
+
+
+def test_triton__a_wait_for_who_never_comes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_output, "wait_for", _waits_for(1))
+    with pytest.raises(Hang):
+        crowded(0, ALL)
