@@ -18,6 +18,7 @@ from kvkern.kernels import fast, fast_door, fast_finish, fast_state
 from kvkern.kernels.launch_config import fast_config
 from tests.support.bits import differing
 from tests.support.fast import attend, readers_of_one_prefix, take
+from tests.support.schedule import scheduled
 from tests.support.views import int32, paged_view, random_qkv, shared_view
 
 BASE = fast_config("interpreter")
@@ -62,6 +63,17 @@ def test_bits_split__any_unit(columns: int, prefix_len: int, head_dim: int) -> N
     kv = shared_view(k, v, prefix_len, [1])
     outs = [attend(q, kv, config=config) for config in UNITS.values()]
     assert [differing(out, outs[0]) for out in outs] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("seed", "resident"), [(0, 2), (1, 1000)])
+def test_bits_schedule__programs_at_once_in_any_order(seed: int, resident: int) -> None:
+    """Whoever begins first and whoever arrives last: the same bits, and the counters at 0 (`attend`)."""
+    q, k, v = readers_of_one_prefix(3, 700, 600, cancels=True)
+    kv = shared_view(k, v, 600, [1, 1, 1])
+    expected = attend(q, kv)
+    with scheduled(seed, resident, chance=0.5) as schedule:
+        assert differing(attend(q, kv), expected) == 0
+    assert schedule.turns > 50
 
 
 def test_bits_repeat__same_call_and_same_workspace() -> None:

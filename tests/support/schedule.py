@@ -8,6 +8,7 @@ atomics a seeded die passes the turn on. A schedule is repeated by its seed. Wha
 from __future__ import annotations
 
 import inspect
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -48,17 +49,19 @@ class Schedule:
         if turn is not None and self._die.random() < self._chance:
             self._given_back.release()
             turn.acquire()
+            interpreter.interpreter_builder.set_grid_idx(*self._own.place)
             if self._failure is not None:
                 raise SystemExit
 
-    def run(self, programs: list[Callable[[], None]]) -> None:
-        """Run all of them; the first failure ends all."""
-        waiting = self._die.sample(programs, len(programs))
+    def run(self, program: Callable[[], None], grid: tuple[int, ...]) -> None:
+        """Run it in all places of a grid; the first failure ends all."""
+        places = list(itertools.product(*(range(size) for size in grid)))
+        waiting = self._die.sample(places, len(places))
         running: list[tuple[threading.Thread, threading.Semaphore]] = []
         while waiting or running:
             while waiting and len(running) < self._resident and self._failure is None:
                 turn = threading.Semaphore(0)
-                thread = threading.Thread(target=self._program, args=(waiting.pop(), turn), daemon=True)
+                thread = threading.Thread(target=self._program, args=(program, waiting.pop(), turn), daemon=True)
                 thread.start()
                 running.append((thread, turn))
             if not running:
@@ -74,9 +77,10 @@ class Schedule:
         if self._failure is not None:
             raise self._failure
 
-    def _program(self, program: Callable[[], None], turn: threading.Semaphore) -> None:
+    def _program(self, program: Callable[[], None], place: tuple[int, ...], turn: threading.Semaphore) -> None:
         turn.acquire()
-        self._own.turn = turn
+        self._own.turn, self._own.place = turn, place
+        interpreter.interpreter_builder.set_grid_idx(*place)
         try:
             if self._failure is None:
                 with np.errstate(all="ignore"):  # a kernel with a fault computes with anything
@@ -116,9 +120,9 @@ def scheduled(seed: int, resident: int, chance: float = 0.05) -> Iterator[Schedu
             name: value if name in self.constexprs else interpreter._implicit_cvt(value)
             for name, value in inspect.getcallargs(self.fn, *given, **options).items()
         }
-        builder.set_grid_dim(self.grid[0], 1, 1)
-        builder.set_grid_idx(0, 0, 0)  # of no use: a kernel that is scheduled draws its tickets
-        schedule.run([partial(self.fn, **arguments)] * self.grid[0])
+        grid = (*self.grid, 1, 1)[:3]
+        builder.set_grid_dim(*grid)
+        schedule.run(partial(self.fn, **arguments), grid)
 
     scopes: list[Any] = []
     with lean_interpreter(), pytest.MonkeyPatch.context() as patch:
