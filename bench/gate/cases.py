@@ -29,9 +29,9 @@ def exact_cases(target: str) -> list[Case]:
             "TILES": config.output_tiles, "RUNS": config.fold_runs, "LAG": config.lag, "WAITS": config.launches == 1,
             "PULL": config.pull, "WARM": config.warm,
         }  # fmt: skip
-        halves = {"pairs_ptr": "i64", "partial_ptr": "i64"}
+        pairs = {"pairs_ptr": "i64", "partial_ptr": "i64"}
         cases.append(
-            Case(f"exact/G{group}-D{head_dim}", exact.exact_kernel, constants, config.warps, halves, config.options)
+            Case(f"exact/G{group}-D{head_dim}", exact.exact_kernel, constants, config.warps, pairs, config.options)
         )
     moved = {f"{name}_ptr": "i16" for name in ("k", "v", "suffix_k", "suffix_v")}
     cases.append(Case("append/D128", append.append_kernel, {"HEAD_DIM": 128, "LANES": 128}, 1, moved))

@@ -19,8 +19,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _POINTEE = {
-    "t": "i32",
-    "p": "i64",
     "table": "i64",
     "e": "fp32",
     "partial": "fp32",

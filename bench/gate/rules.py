@@ -17,6 +17,10 @@ _ALLOWED_PTX = (
 )  # fmt: skip
 _FORBIDDEN_PTX = ("approx", ".ftz", "div.full", "mma", "tcgen05", "ex2", "lg2", "rcp", "rsqrt", "sin.", "cos.", "tanh")
 _FLAGS = ("fast", "contract", "reassoc", "afn", "arcp", "nsz")  # nnan and ninf are facts that LLVM infers
+_HINTS = 1
+"""Waits that read nothing afterwards: an output program holds its V back until K has been read."""
+_TICKETS = 1
+"""Atomics that order nothing: whoever draws a ticket reads nothing that others have stored."""
 _FDIV_FMAS = 5
 """Fused multiply-adds that AMD's expansion of one IEEE division holds."""
 _FSQRT_FMAS = 2
@@ -41,16 +45,30 @@ def _in_ptx(asm: dict[str, str]) -> list[str]:
             found.append(f"{opcode}: forbidden")
         elif is_float and not compares and not moves and opcode not in _ALLOWED_PTX:
             found.append(f"{opcode}: not on the allow-list")
-    return found + fused_without_being_asked(asm) + unacquired(asm)
+    return found + fused_without_being_asked(asm) + unordered(asm["ptx"])
 
 
-def unacquired(asm: dict[str, str]) -> list[str]:
-    """Refuse NVIDIA code that polls a counter and then reads, without an acquire, what others have written."""
-    polls = asm["ptx"].count("ld.volatile")
-    acquires = len(re.findall(r"\b(?:ld|atom)[\w.]*\.acquire", asm["ptx"]))
-    releases = re.search(r"\batom[\w.]*\.(?:acq_rel|release)", asm["ptx"])
-    is_sound = acquires >= polls and (releases or not acquires)
-    return [] if is_sound else ["waits without an acquire, or for nobody that releases"]
+def unordered(ptx: str) -> list[str]:
+    """Name what in NVIDIA code would let a program read what another has not stored yet.
+
+    A wait is a load that is looked at again and again, by the rule `ld.volatile` or `ld.relaxed`, then `ld.acquire` of
+    the same address. An arrival is an `atom` that releases and acquires; tickets alone order nothing.
+    """
+    found = []
+    for operation in sorted(set(re.findall(r"\b(?:ld|atom|red|fence)\.[\w.:]*(?:acq|rel)[\w.:]*", ptx))):
+        if not re.search(r"\.(?:gpu|sys)\b", operation):
+            found.append(f"{operation}: orders nothing between programs")
+    acquired = set(re.findall(r"\bld\.acquire\.gpu[\w.]*\s+\S+,\s*\[\s*(%\w+)", ptx))
+    polled = re.findall(r"\bld\.(?:volatile|relaxed)[\w.]*\s+(?:\{[^}]*\}|\S+),\s*\[\s*(%\w+)", ptx)
+    if sum(address not in acquired for address in polled) > _HINTS:
+        found.append("a wait without an acquire")
+    atomics = re.findall(r"\b(?:atom|red)\.[\w.]+", ptx)
+    arrivals = sum(".acq_rel" in atomic for atomic in atomics)
+    if len(atomics) - arrivals > _TICKETS:
+        found.append("an arrival that does not release and acquire")
+    if acquired and not arrivals:
+        found.append("a wait for nobody that releases")
+    return found
 
 
 def fused_without_being_asked(asm: dict[str, str]) -> list[str]:

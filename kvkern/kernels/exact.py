@@ -28,6 +28,7 @@ import triton.language as tl
 from kvkern.contract import KEY_RUN, TILE_TOKENS
 from kvkern.errors import LayoutError
 from kvkern.kernels.exact_output import output
+from kvkern.kernels.exact_rows import warm
 from kvkern.kernels.exact_score import score
 from kvkern.kernels.exact_softmax import softmax
 from kvkern.kernels.exact_tickets import (
@@ -36,12 +37,10 @@ from kvkern.kernels.exact_tickets import (
     SCORED,
     TICKETS,
     arrive,
-    await_count,
     divide,
     item_of,
     leave,
     magic,
-    wait_for,
 )
 
 if TYPE_CHECKING:
@@ -230,12 +229,17 @@ def exact_kernel(
     WARM: tl.constexpr,
 ):  # fmt: skip
     """Do one item."""
+    readers = (prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)
+    if WARM:  # what all programs read first, while they draw their tickets
+        lane = tl.arange(0, 32)
+        for i in tl.static_range(4):
+            warm(readers[i] + lane, lane == 0)
+        warm(table_ptr + 16 * lane, 8 * lane < max_blocks)
     ticket = tl.program_id(0)
     if WAITS:
         ticket = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed", scope="gpu")
     sizes = (score_items, softmax_items, output_items)
     phase, kv_head, item = item_of(ticket, sizes, KV_HEADS, LAG)
-    readers = (prefix_len_ptr, reader_prefix_ptr, suffix_len_ptr, query_len_ptr)
     rows, tiles = (num_rows, max_query_len, first_query), (stride_tile, layer_offset, max_blocks)
     # Of the items of a head, rows are neighbours, then readers, who may share what they read; keys come last.
     width = tl.where(phase == 0, score_blocks, tl.where(phase == 1, num_rows, output_blocks))
@@ -245,6 +249,7 @@ def exact_kernel(
     part = divide(rest, by_batch)
     b = rest - part * batch
     of_head = counters_ptr + (b * KV_HEADS + kv_head).to(tl.int64) * num_rows * COUNTERS
+    score_programs = score_blocks * score_parts
     if phase == 0:
         score(
             q_ptr, pool_ptr, table_ptr, readers, e_ptr, top_ptr, (stride_qb, stride_qh, stride_qt),
@@ -255,13 +260,10 @@ def exact_kernel(
         if WAITS:
             arrive(of_head + SCORED)
     elif phase == 1:
-        if WAITS:
-            await_count(of_head + SCORED, score_blocks * score_parts)
-            wait_for(of_head + SCORED, score_blocks * score_parts)
         is_ready = softmax(
             top_ptr, e_ptr, pairs_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
-            block, b, part, kv_head,
-            KV_HEADS, GROUP, SCORE_WORDS, KEYS, PASSES, STEPS,
+            score_programs, block, b, part, kv_head,
+            KV_HEADS, GROUP, SCORE_WORDS, KEYS, PASSES, STEPS, WAITS,
         )  # fmt: skip
         if WAITS:  # noqa: SIM102 - known when compiled
             if is_ready:
@@ -270,7 +272,7 @@ def exact_kernel(
         output(
             pairs_ptr, pool_ptr, table_ptr, readers, partial_ptr, flag_ptr, counters_ptr, out_ptr,
             (suffix_v_start, stride_sb, stride_sh, stride_st), tiles, (stride_ob, stride_ot, stride_oh), rows, key_run,
-            total_rows, key_capacity, score_blocks * score_parts, block, b, part, kv_head,
+            total_rows, key_capacity, score_programs, block, b, part, kv_head,
             KV_HEADS, GROUP, OUTPUT_ROWS, HEAD_DIM, BLOCK_TILES, OUTPUT_WORDS, PIECES, TILES, RUNS, WAITS,
             PULL, WARM,
         )  # fmt: skip

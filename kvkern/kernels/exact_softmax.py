@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvkern.kernels.exact_rows import all_keys, first_of, key_at, second_of, visible_keys
-from kvkern.kernels.exact_tickets import COUNTERS, arrive
+from kvkern.kernels.exact_tickets import COUNTERS, SCORED, arrive, wait_for
 from kvkern.kernels.primitives import (
     INFINITY_KEY,
     MINUS_INFINITY_KEY,
@@ -25,9 +25,9 @@ TOPS = tl.constexpr(512)
 @triton.jit
 def softmax(
     top_ptr, e_ptr, pairs_ptr, flag_ptr, lse_ptr, counters_ptr, readers, rows, has_lse, key_capacity,
-    row, b, part, kv_head,
+    score_programs, row, b, part, kv_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, KEYS: tl.constexpr, PASSES: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Take exponentials of PASSES * KEYS keys of a row; its last program adds them up and makes p of them.
 
@@ -47,6 +47,9 @@ def softmax(
         e_row = e_ptr + row_start
         place = tl.arange(0, KEYS)
         first = part * (PASSES * KEYS)
+        if WAITS:
+            scored = counters_ptr + (b * KV_HEADS + kv_head).to(tl.int64) * num_rows * COUNTERS + SCORED
+            wait_for(scored, score_programs)
         t = tl.load(e_row + first + place)  # on its way while the maximum is found
         largest, is_nan = _largest(top_ptr + out_row * (key_capacity // (2 * WORDS)), visible, WORDS)
         for start in range(first, tl.minimum(first + PASSES * KEYS, visible), KEYS):
@@ -98,6 +101,7 @@ def _probabilities(e_row, pairs_row, visible, key_capacity, KEYS: tl.constexpr, 
     """
     place = tl.arange(0, KEYS)
     e = tl.load(e_row + place)
+    tl.static_assert(STEPS % 2 == 0 and KEYS % (16 * STEPS) == 0)
     sums = tl.zeros([16], tl.float32)
     pairs = ()
     for _ in tl.static_range(STEPS // 2):

@@ -79,8 +79,9 @@ def await_count(counter, count):
 def wait_for(counter, count):
     """Wait until `count` programs have arrived, and see what they have stored: every thread by itself, no barrier.
 
-    Each look empties the L1, which others on the multiprocessor may need: `await_count` first, where K is being read.
+    It looks on until all are there, and once more to acquire: that look empties the L1, which others need meanwhile.
     """
+    await_count(counter, count)
     while _acquired(counter) < count:
         pass
 

@@ -26,8 +26,8 @@ class ExactConfig:
         score_unroll: channel pairs whose loads are in flight together.
         softmax_keys: keys of a row per pass.
         softmax_passes: passes of a program; a longer row has more programs.
-        softmax_steps: groups of 16 keys whose loads are in flight together, a power of two; 16 times as many divide
-            softmax_keys.
+        softmax_steps: groups of 16 keys whose loads are in flight together, 2 or a greater power of two; 16 times as
+            many divide softmax_keys.
         output_rows: query rows that an output program takes at most, a power of two.
         output_lanes: rows times words of two channels of an output program, at most.
         output_tiles: tiles of V in flight together, 1, 2 or 4; as many times 64 keys divide softmax_keys.

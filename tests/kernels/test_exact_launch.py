@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 import kvkern
-from kvkern.kernels import exact, exact_output, exact_rows, exact_score, exact_tickets, triton_door
+from kvkern.kernels import exact, exact_output, exact_rows, exact_score, exact_softmax, exact_tickets, triton_door
 from kvkern.view import KVView
 from tests.support.bits import differing
 from tests.support.exact import BASE, CONFIGS, attend, same_as_c
@@ -78,9 +78,8 @@ def test_waits__for_all_that_arrive(monkeypatch: pytest.MonkeyPatch, queries: in
     q, k, v = random_qkv(2, 2, 2, queries, 140, 32)
     kv = shared_view(k, v, 100, [queries, queries])
     config = replace(CONFIGS["middle"], pull=True)
-    for module in (exact, exact_output):
-        for name in ("await_count", "wait_for"):
-            monkeypatch.setattr(module, name, note)
+    for module, name in ((exact_softmax, "wait_for"), (exact_output, "wait_for"), (exact_output, "await_count")):
+        monkeypatch.setattr(module, name, note)
     for module in (exact_score, exact_output):
         monkeypatch.setattr(module, "pull", lambda *_: None)
     assert same_as_c(q, kv, config=config) == 0
@@ -187,7 +186,7 @@ def test_bits_triton__p_is_read_after_the_wait(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_warm__lines_of_q_and_p_and_nothing_else(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
     """Each program asks for the lines that it reads: of q, those of its rows; of p, those of its run."""
-    asked: dict[object, list[int]] = {exact_score: [], exact_output: []}
+    asked: dict[object, list[int]] = {exact: [], exact_score: [], exact_output: []}
 
     def note(module: object):
         def warm(ptrs: tl.tensor, wanted: tl.tensor) -> None:
@@ -203,6 +202,8 @@ def test_warm__lines_of_q_and_p_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     config = replace(CONFIGS["middle"], warm=True, score_rows=1, output_rows=1, output_lanes=64)
     workspace = kvkern.new_workspace(q, kv, backend="triton")
     assert same_as_c(q, kv, config=config, workspace=workspace) == 0
+    firsts = [value.data_ptr() for value in (kv.prefix_len, kv.reader_prefix, kv.suffix_len, kv.query_len)]
+    assert set(asked[exact]) == set(firsts), "there is no block, so no line of the table"
     lines_of_q = q.data_ptr() + 128 * torch.arange(heads * queries * 2)
     assert sorted(set(asked[exact_score])) == lines_of_q.tolist()
     layout = exact.scratch_layout(heads * queries, 128, kv.block_table.shape[1] * kv.block_tiles + 10, config)
@@ -253,13 +254,12 @@ def _waits_for(more: int):
 @pytest.mark.parametrize(
     ("module", "name", "fault"),
     [
-        pytest.param(exact, "wait_for", _waits_for(-1), id="one score program is not waited for"),
+        pytest.param(exact_softmax, "wait_for", _waits_for(-1), id="one score program is not waited for"),
         pytest.param(exact_output, "wait_for", _waits_for(-1), id="one row of p is not waited for"),
         pytest.param(exact, "leave", _leave_early, id="counters are cleared before the last has gone"),
     ],
 )
 def test_bits_triton__a_wait_that_is_too_short_fails(monkeypatch: pytest.MonkeyPatch, module, name: str, fault) -> None:
-    monkeypatch.setattr(module, "await_count", lambda counter, count: None)
     monkeypatch.setattr(module, name, fault)
     assert any(_goes_wrong(seed) for seed in range(5))
 

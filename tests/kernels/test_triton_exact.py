@@ -20,7 +20,7 @@ from kvkern.kernels import (
     primitives,
     triton_door,
 )
-from kvkern.kernels.launch_config import ExactConfig
+from kvkern.kernels.launch_config import ExactConfig, exact_config
 from kvkern.view import KVView, append
 from tests.support.bits import differing
 from tests.support.exact import BASE, CONFIGS, attend, cancelling, same_as_c
@@ -114,6 +114,25 @@ def test_bits_triton__odd_inputs() -> None:
 def test_bits_triton__stock_eager_itself(rows: int, columns: int) -> None:
     q, k, v = random_qkv(1, 2, 1, rows, columns, 64, spread=3.0)
     assert differing(attend(q, KVView.from_dense(k, v, query_len=rows)), eager_attention(q, k, v)) == 0
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
+def test_bits_triton__shipped_configurations(target: str) -> None:
+    """All but the assembly: what a GPU's caches are asked for."""
+    config = replace(exact_config(target), pull=False, warm=False)
+    q, k, v = cancelling(1, 4, 1, 2100, 64)
+    assert same_as_c(q, shared_view(k, v, 2000, [1]), config=config) == 0
+
+
+def test_bits_triton__a_key_that_one_row_of_a_program_does_not_see() -> None:
+    """The first row sees 256 keys, all that its softmax takes at once; the place of the next holds p, not its score."""
+    config = replace(CONFIGS["middle"], softmax_passes=1)
+    q, k, v = random_qkv(1, 1, 1, 2, 257, 32)
+    k[:, :, -1] = float("nan")
+    kv = KVView.from_dense(k, v, query_len=2)
+    out = attend(q, kv, config=config)
+    assert not out[:, 0].isnan().any() and out[:, 1].isnan().all()
+    assert differing(out, kvkern.prefix_attention(q, kv)) == 0
 
 
 def test_lse_triton__natural_logarithm() -> None:
