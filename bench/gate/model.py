@@ -32,6 +32,7 @@ class Machine:
         copy_bytes_s: copy bandwidth that others have measured.
         latency_s: from a load to its data, from HBM.
         l2_latency_s: the same from a busy L2: assumed. Of an idle one see arXiv 2402.13499.
+        l1_latency_s: the same from the L1.
         sm_bytes_cycle: bytes that an SM takes from L2, or gives to it, in a cycle: assumed.
         add_cycles: of a dependent addition or fma.
         boundary_s: between two launches inside a graph.
@@ -43,6 +44,7 @@ class Machine:
     copy_bytes_s: float = 3.0e12
     latency_s: float = 0.45e-6
     l2_latency_s: float = 0.25e-6
+    l1_latency_s: float = 0.02e-6
     sm_bytes_cycle: int = 64
     add_cycles: int = 4
     boundary_s: float = 1.3e-6
@@ -151,9 +153,15 @@ def costs(readers: int, keys: int, config: ExactConfig, registers: int, machine:
 
 ARRIVE = 2
 """Round trips to the L2 of a program that counts itself: a fence, and an atomic."""
-SCORES_SEEN, P_SEEN = 3.5, 2.5
-"""The same from a store to those who wait for it: a fence, an atomic's way there, half a look missed and a look's way
-back; who waits for scores then looks once more, to acquire."""
+SEEN = 3.5
+"""The same from a store to those who wait for it: a fence, an atomic's way there, half a look missed, a look's way
+back, and another look, to acquire."""
+FIRST_LOADS = 3
+"""That a program makes one after the other before it asks for K: its prefix, the prefix's length, the table."""
+MAX_SUM_CYCLES = 200
+"""For a row's maximum over warps, the last four additions and the division: assumed."""
+SUM = 203 * 4 / 64
+"""Instructions for 32 keys of the sum, as compiled: each of four warps has 203 for 2,048 keys."""
 
 
 def last_heads(cost: Cost, machine: Machine) -> float:
@@ -166,11 +174,14 @@ def seconds(readers: int, keys: int, config: ExactConfig, registers: int) -> flo
     """Predict a layer."""
     machine = Machine()
     score, softmax, output = costs(readers, keys, config, registers, machine)
+    # Where the L1 is asked for what all programs read first, that comes while they draw their tickets.
+    first = FIRST_LOADS * (machine.l1_latency_s if config.warm else machine.l2_latency_s)
     if config.launches > 1:
-        return sum(cost.seconds(machine) for cost in (score, softmax, output)) + 2 * machine.boundary_s
+        phases = sum(cost.seconds(machine) + machine.l2_latency_s + first for cost in (score, softmax, output))
+        return phases + 2 * machine.boundary_s
     share = last_heads(score, machine)
     rows = int(readers * GROUP * KV_HEADS * share)
-    summed = (SCORES_SEEN + P_SEEN) * machine.l2_latency_s + softmax_seconds(rows, keys, config, machine)
+    summed = 2 * SEEN * machine.l2_latency_s + softmax_seconds(rows, keys, config, machine)
     # Meanwhile V comes, where programs ask for it: all that the last heads need, as long as there is the time.
     has_come = config.pull and summed * machine.copy_bytes_s >= share * output.hbm_bytes
     ending = output
@@ -181,22 +192,29 @@ def seconds(readers: int, keys: int, config: ExactConfig, registers: int) -> flo
         )
     tail = summed + ending.seconds(machine, of=share, from_l2=has_come)
     # The softmax of the other heads takes the place of instructions of outputs.
-    exponentials = readers * GROUP * KV_HEADS * keys / 32 * (EXP + PROBABILITY) * (1 - share)
-    busy = replace(output, instructions=output.instructions + exponentials).seconds(machine)
-    return score.seconds(machine) + max(tail, busy) + ARRIVE * machine.l2_latency_s
+    exponentials = readers * GROUP * KV_HEADS * keys / 32 * (EXP + SUM + PROBABILITY) * (1 - share)
+    in_scratch = output.scratch_bytes + 16 * readers * GROUP * KV_HEADS * keys * (1 - share)
+    busy = replace(output, instructions=output.instructions + exponentials, scratch_bytes=in_scratch).seconds(machine)
+    begun = machine.l2_latency_s + first  # a ticket
+    return begun + score.seconds(machine) + max(tail, busy) + ARRIVE * machine.l2_latency_s
 
 
 def softmax_seconds(rows: int, keys: int, config: ExactConfig, machine: Machine) -> float:
     """Scores and maxima arrive; exponentials; arriving, if there are parts; the sum; p."""
     part = config.softmax_keys * config.softmax_passes
     parts = -(-keys // part)
-    exponentials = -(-rows * parts // machine.sms) * min(keys, part) / 32 * EXP / 4
-    last = -(-rows // machine.sms) * max(keys / 32 * PROBABILITY / 4, keys * 8 / machine.sm_bytes_cycle)
+    rows_of_sm, parts_of_sm = -(-rows // machine.sms), -(-rows * parts // machine.sms)
+    exponentials = parts_of_sm * min(keys, part) / 32 * EXP / 4 / machine.clock_hz
     # A trip of the sum asks for what the next one adds, and lasts until that is there; the first adds nothing.
     trip = max(config.softmax_steps * machine.add_cycles / machine.clock_hz, machine.l2_latency_s)
     sums = (1 + -(-keys // (16 * config.softmax_steps))) * trip
+    # e of some keys is read and p is stored while e of the next ones comes; the first ones came during the sum.
+    keys_of_trip = min(keys, config.softmax_keys)
+    store = rows_of_sm * max(keys_of_trip / 32 * PROBABILITY / 4, keys_of_trip * 8 / machine.sm_bytes_cycle)
+    store /= machine.clock_hz
+    last = store + (-(-keys // config.softmax_keys) - 1) * max(store, machine.l2_latency_s)
     trips = 1 + (ARRIVE if parts > 1 else 0)
-    return (exponentials + last) / machine.clock_hz + sums + trips * machine.l2_latency_s
+    return exponentials + sums + last + MAX_SUM_CYCLES / machine.clock_hz + trips * machine.l2_latency_s
 
 
 def page(config: ExactConfig, registers: int) -> str:
@@ -210,8 +228,8 @@ def page(config: ExactConfig, registers: int) -> str:
         f"Assumed: {machine.sms} SMs at {machine.clock_hz / 1e9} GHz, copy bandwidth {machine.copy_bytes_s / 1e12} "
         f"TB/s, L2 {machine.l2_bytes_s / 1e12} TB/s, latency {machine.latency_s * 1e6:.2f} us, from L2 "
         f"{machine.l2_latency_s * 1e6:.2f} us, {machine.add_cycles} cycles a dependent fma, {machine.sm_bytes_cycle} "
-        f"bytes a cycle between an SM and L2; until another program sees what was stored pass {SCORES_SEEN} trips to "
-        f"the L2 for scores and {P_SEEN} for p; between two launches in a graph pass "
+        f"bytes a cycle between an SM and L2; until another program sees what was stored pass {SEEN} trips to "
+        f"the L2; between two launches in a graph pass "
         f"{machine.boundary_s * 1e6:.1f} us. Warps that ask for the same V bytes count them once. The time of a phase "
         "is that of the phase alone; in one launch softmax runs while K of other heads and V are read. One launch is "
         "taken never to leave the memory idle between K and V, pulls to run at the copy bandwidth, words of q and p to "
