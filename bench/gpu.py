@@ -1,11 +1,12 @@
 """One script for a GPU: bits of the exact kernels, device times, peers. `python -m bench.gpu --part P`.
 
 Each part takes under eight minutes and appends a JSON line after every cell, so that nothing is lost when it is cut:
-  bits   every output of random calls against the C reference, until 10^8 have been compared
-  cells  device time of one decode layer by events and by graph replay, beside copy bandwidth and prediction
-  model  part B: bits of every operation, digests of a document, Qwen3-4B's prefill and decode under the contract
-  fast   the fast profile: invariance of bits on the device, then times, for up to 256 readers
-  peers  torch's sdpa by back end on the same keys, dense; a peer that is not installed is a row that says absent
+  bits     every output of random calls against the C reference, until 10^8 have been compared
+  cells    device time of one decode layer by events and by graph replay, beside copy bandwidth and prediction
+  configs  the same for one reader with a field of the launch configuration changed: which values to ship
+  model    part B: bits of every operation, digests of a document, Qwen3-4B's prefill and decode under the contract
+  fast     the fast profile: invariance of bits on the device, then times, for up to 256 readers
+  peers    torch's sdpa by back end and flex_attention over dense keys; what is not installed is a row that says so
 On a CPU with TRITON_INTERPRET=1 tiny shapes run, so that the script cannot rot. It needs the base
 dependencies alone; `model` also transformers.
 """
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
 import kvkern
@@ -33,7 +33,6 @@ from bench.gate.model import registers_on_record, seconds
 from kvkern.attention import launch
 from kvkern.contract import CONTRACT_ID
 from kvkern.kernels import triton_door
-from kvkern.kernels.launch_config import exact_config
 from tests.support.views import paged_view, random_qkv, shared_view
 
 if TYPE_CHECKING:
@@ -45,10 +44,16 @@ IS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_GPU else "cpu")
 READERS = (1, 2, 4, 8)
 KEYS = (3774, 32768) if IS_GPU else (70,)
+SHAPE = (4, 8, 128) if IS_GPU else (1, 1, 64)
+"""Query heads of a KV head, KV heads, head_dim: Qwen3-4B's layer."""
 OUTPUTS = 100_000_000 if IS_GPU else 100
 SECONDS = 420 if IS_GPU else 60
 BUFFERS = 8 if IS_GPU else 2
 ROUNDS = 200 if IS_GPU else 1
+CHANGES: tuple[dict[str, int | bool], ...] = (
+    {}, {"softmax_steps": 64}, {"pull": False}, {"warm": False}, {"pull": False, "warm": False}, {"softmax_passes": 1},
+    {"lag": 1}, {"lag": 8}, {"output_lanes": 64}, {"score_words": 64}, {"score_rows": 2}, {"fold_runs": 8},
+)  # fmt: skip
 
 
 def main() -> None:
@@ -98,7 +103,7 @@ def bits() -> Iterator[dict[str, Any]]:
         kv = shared_view(k, v, prefix, [rows] * batch, seed=round_, layers=2, layer=1)
         for key_run, launches in (("stock", 3), (512, 1)):  # what waits for nobody comes first
             expected = kvkern.prefix_attention(q, kv, key_run=key_run, backend="c")
-            with launched(launches):
+            with configured(launches=launches):
                 ours = kvkern.prefix_attention(q.to(DEVICE), on_device(kv), key_run=key_run, backend="triton").cpu()
             differ += int((ours.view(torch.int16) != expected.view(torch.int16)).sum())
             compared += ours.numel()
@@ -114,40 +119,53 @@ def cells() -> Iterator[dict[str, Any]]:
     """Time one decode layer, bits first."""
     copied = copy_bandwidth()
     yield {"cell": "copy", "gbps": copied / 1e9}
-    registers = registers_on_record(triton.__version__)
     for launches in (3, 1):  # what waits for nobody comes first
         for keys in KEYS:
             for readers in READERS if IS_GPU else READERS[:2]:
-                with launched(launches):
-                    yield cell(readers, keys, launches, registers, copied)
+                name = "exact" if launches == 1 else f"exact-in-{launches}"
+                yield cell(name, readers, keys, {"launches": launches}, copied)
 
 
-def cell(readers: int, keys: int, launches: int, registers: int, copied: float) -> dict[str, Any]:
-    """Check and time one decode layer."""
+def configs() -> Iterator[dict[str, Any]]:
+    """Time one reader with one field after another changed, bits first."""
+    copied = copy_bandwidth()
+    for changes in CHANGES if IS_GPU else CHANGES[:2]:
+        for keys in KEYS:
+            name = "exact" + "".join(f"-{field}={value}" for field, value in changes.items())
+            yield cell(name, 1, keys, {"launches": 1, **changes}, copied)
+
+
+def cell(name: str, readers: int, keys: int, changes: dict[str, int | bool], copied: float) -> dict[str, Any]:
+    """Check and time one decode layer with a changed launch configuration."""
+    with configured(**changes):
+        return _cell(name, readers, keys, copied)
+
+
+def _cell(name: str, readers: int, keys: int, copied: float) -> dict[str, Any]:
     layers = [decode_layer(readers, keys, seed) for seed in range(BUFFERS)]
     differ = bits_of(*layers[0])
     moved = kvkern.resolve(layers[0][0].to(DEVICE), on_device(layers[0][1]), backend="triton").bytes_moved
     calls = [call(q.to(DEVICE), on_device(kv)) for q, kv in layers]
-    predicted = seconds(readers, keys, replace(exact_config("sm90"), launches=launches), registers)
+    config = triton_door.config_for(DEVICE)
+    predicted = seconds(readers, keys, config, registers_on_record(triton.__version__))
     event_s, graph_s = by_events(calls), by_graph(calls)
     best = graph_s or event_s
     # What the last replay has left, in work space that all calls have used.
     expected = kvkern.prefix_attention(*layers[0], backend="c")
     differ += int((calls[0]().cpu().view(torch.int16) != expected.view(torch.int16)).sum())
-    name = "exact" if launches == 1 else f"exact-in-{launches}"
     return {
         "cell": f"{name}-B{readers}-P{keys}", "differ": differ, "bytes_moved": moved,
         "flops": 4 * layers[0][0].numel() * (keys + 1), "event_us": event_s * 1e6,
         "graph_us": graph_s and graph_s * 1e6, "predicted_us": predicted * 1e6, "gbps": moved / best / 1e9,
-        "percent_of_copy": 100 * moved / best / copied, "launches": launches,
+        "percent_of_copy": 100 * moved / best / copied, "launches": config.launches,
     }  # fmt: skip
 
 
 @contextmanager
-def launched(launches: int) -> Iterator[None]:
-    """Run exact calls in so many launches."""
+def configured(**changes: int | bool) -> Iterator[None]:
+    """Run exact calls with a launch configuration that is changed."""
     config_for = triton_door.config_for
-    triton_door.config_for = lambda device: replace(config_for(device), launches=launches)
+    triton_door.config_for = lambda device: replace(config_for(device), **changes)
     try:
         yield
     finally:
@@ -158,7 +176,7 @@ def fast() -> Iterator[dict[str, Any]]:
     """Check and time the fast profile."""
 
     def layer(readers: int, keys: int, seed: int) -> tuple[torch.Tensor, KVView]:
-        group, kv_heads, head_dim = (4, 8, 128) if IS_GPU else (1, 1, 64)
+        group, kv_heads, head_dim = SHAPE
         k, v = random_qkv(1, group, kv_heads, 1, keys + 1, head_dim, seed=seed)[1:]
         q = random_qkv(readers, group, kv_heads, 1, 1, head_dim, seed=seed)[0]
         own = [(k[0, :, keys:], v[0, :, keys:])] * readers  # a crowd's keys, expanded, would not fit the host
@@ -177,30 +195,17 @@ def model() -> Iterator[dict[str, Any]]:
 
 
 def peers() -> Iterator[dict[str, Any]]:
-    """Time dense attention of torch on the same shapes: another arithmetic, so no bits are compared."""
-    backends = torch.nn.attention.SDPBackend
-    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-    for keys in KEYS:
-        for readers in READERS if IS_GPU else READERS[:1]:
-            for name in names:
-                try:
-                    seconds = by_events(
-                        [dense(readers, keys, seed, getattr(backends, name)) for seed in range(BUFFERS)]
-                    )
-                    yield {"cell": f"sdpa-{name}-B{readers}-P{keys}", "event_us": seconds * 1e6}
-                except RuntimeError as error:
-                    yield {"cell": f"sdpa-{name}-B{readers}-P{keys}", "absent": str(error).splitlines()[0][:120]}
-    for package in ("flashinfer", "flash_attn"):
-        try:
-            __import__(package)
-            yield {"cell": package, "absent": "installed, but not measured by this version"}
-        except ImportError:
-            yield {"cell": package, "absent": "not installed"}
+    """Time what others have."""
+    from bench import gpu_peers
+
+    cells = [(readers, keys) for keys in KEYS for readers in (READERS if IS_GPU else READERS[:1])]
+    yield from gpu_peers.rows(DEVICE, by_events, cells, SHAPE, BUFFERS)
 
 
 PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "bits": bits,
     "cells": cells,
+    "configs": configs,
     "model": model,
     "fast": fast,
     "peers": peers,
@@ -209,7 +214,7 @@ PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 
 def decode_layer(readers: int, keys: int, seed: int) -> tuple[torch.Tensor, KVView]:
     """Return q and a view of one decode step; Qwen3-4B's layer on a GPU."""
-    group, kv_heads, head_dim = (4, 8, 128) if IS_GPU else (1, 1, 64)
+    group, kv_heads, head_dim = SHAPE
     q, k, v = random_qkv(1, group, kv_heads, 1, keys + 1, head_dim, seed=seed)
     q, k, v = (x.expand(readers, -1, -1, -1).contiguous() for x in (q, k, v))
     return q, shared_view(k, v, keys, [1] * readers, seed=seed)
@@ -230,20 +235,6 @@ def call(q: torch.Tensor, kv: KVView) -> Callable[[], torch.Tensor]:
         launch(q, kv, out, None, backend="triton", workspace=workspace)
         return out
 
-    return run
-
-
-def dense(readers: int, keys: int, seed: int, backend: Any) -> Callable[[], object]:
-    """Return torch's attention over dense keys, repeated for each reader."""
-    group, kv_heads, head_dim = (4, 8, 128) if IS_GPU else (1, 1, 64)
-    q, k, v = (x.to(DEVICE) for x in random_qkv(1, group, kv_heads, 1, keys + 1, head_dim, seed=seed))
-    q, k, v = (x.expand(readers, -1, -1, -1).contiguous() for x in (q, k, v))
-
-    def run() -> object:
-        with torch.nn.attention.sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    run()
     return run
 
 

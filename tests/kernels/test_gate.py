@@ -133,13 +133,16 @@ def test_gpu_script__runs_in_the_interpreter(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["verdict"] for row in rows if "verdict" in row] == ["equal"]
     exact = [row for row in rows if row.get("cell", "").startswith("exact")]
-    assert [row["launches"] for row in exact] == [3, 3, 1, 1] and all(row["differ"] == 0 for row in exact)
+    assert [row["launches"] for row in exact] == [3, 3, 1, 1, 1, 1] and all(row["differ"] == 0 for row in exact)
+    assert [row["cell"] for row in exact][-1] == "exact-softmax_steps=64-B1-P70"
     fast = [row for row in rows if row["part"] == "fast"]
     assert len(fast) == 4 and [row["differ"] for row in fast if "differ" in row] == [0, 0]
     model = [row for row in rows if row["part"] == "model"]
     assert len(model) == 6 and all(row["differ"] == 0 for row in model)
     assert {row["device"] for row in rows} == {"cpu, Triton's interpreter"}
-    assert any(row.get("absent") == "not installed" for row in rows if row["part"] == "peers")
+    peers = {row["cell"]: row for row in rows if row["part"] == "peers"}
+    assert {name for name, row in peers.items() if "event_us" in row} >= {"sdpa-MATH-B1-P70", "flex_attention-B1-P70"}
+    assert "absent" in peers["flashinfer"]
 
 
 LAUNCHED = {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32",
