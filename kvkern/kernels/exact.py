@@ -8,9 +8,10 @@
 Bits depend on q, K and V by position, sm_scale and key_run alone. A program owns whole chains, and lanes never meet,
 except in the max, which has no order, and in halve16; who arrives last does what any other would have done, with what
 all of them have left. Which program does what, and when, is `exact_tickets`. Two neighbouring bf16 travel in one
-32-bit word: keys in a K tile, channels in a V tile, channels in q; p travels as pairs of fp32. Critical paths: score,
-head_dim dependent fmas; softmax, keys / 16 dependent adds; output, 512 (or 1,024) dependent fmas, then one add per
-run. No kernel divides by a number that is not known when it is compiled, because some targets divide integers by
+32-bit word: keys in a K tile, channels in a V tile, channels in q. A row's scores, exponentials and p take each
+other's place, as fp32, and travel in pairs of keys 16 apart, which are neighbours there (`place_of`). Critical paths:
+score, head_dim dependent fmas; softmax, keys / 16 dependent adds; output, 512 (or 1,024) dependent fmas, then one add
+per run. No kernel divides by a number that is not known when it is compiled, because some targets divide integers by
 floating point. Tensors have one axis: with two, some versions of Triton give them layouts that differ from load to
 load, with a barrier for each conversion. Loops that carry words ask for them in a first trip that computes nothing:
 each load that is written out twice costs the compiler seconds.
