@@ -27,7 +27,7 @@ CLEARED = tl.constexpr(256)
 """Counters that the last program clears at once."""
 MAGIC_BITS = tl.constexpr(40)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""There is no assembly in the interpreter, nor anybody to wait for."""
+"""There is no assembly in the interpreter; an ordinary load does there."""
 
 
 def magic(divisor: int) -> int:
