@@ -79,9 +79,9 @@ def await_count(counter, count):
 def wait_for(counter, count):
     """Wait until `count` programs have arrived, and see what they have stored: every thread by itself, no barrier.
 
-    It looks on until all are there, and once more to acquire: that look empties the L1, which others need meanwhile.
+    A look that acquires empties the L1, which others need meanwhile: only when one alone is missing does it look so.
     """
-    await_count(counter, count)
+    await_count(counter, count - 1)
     while _acquired(counter) < count:
         pass
 
