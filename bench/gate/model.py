@@ -216,7 +216,7 @@ def softmax_seconds(rows: int, keys: int, config: ExactConfig, machine: Machine)
 
 
 def verdict(reached: float) -> str:
-    """Say whether a goal is met, of which this share is reached; by less than a tenth the assumptions decide nothing."""
+    """Say whether a goal is met of which this share is reached; within a tenth, assumptions decide nothing."""
     return "too close to tell" if 1 / 1.1 < reached < 1.1 else "met" if reached > 1 else "missed"
 
 
