@@ -26,8 +26,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from bench.pairs_report import write
+from bench.pairs_report import PAGE, page
 from bench.shapes import cpu_model
+from bench.tables import write_page
 from kvkern.model_patch.load import load_model
 from kvkern.probe import stock_order
 from tests.support.distances import BINS
@@ -61,7 +62,7 @@ def main() -> None:
     if "nudged" not in results:
         results["nudged"] = {"every": NUDGE_EVERY, "equal": nudged_totals()}
         given.out.write_text(json.dumps(results, indent=1) + "\n")
-    write(given.out)
+    write_page(given.out, PAGE, page)
 
 
 def nudged_totals() -> list[int]:

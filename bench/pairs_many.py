@@ -32,7 +32,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from bench.pairs import RESULTS, machine  # sets the environment
-from bench.pairs_many_report import NUDGES, write
+from bench.pairs_many_report import NUDGES, PAGE, page
+from bench.tables import write_page
 from kvkern.model_patch.load import load_model
 from tests.support.distances import BINS, histogram
 from tests.support.fast_twin import RESUMMED, TWINS, resummed, twin
@@ -98,7 +99,7 @@ def main() -> None:
             print(f"{pair.part}, {pair.topic}: {found['equal']}; {found['seconds']} s", flush=True)
             results["pairs"].append(found)
             given.out.write_text(json.dumps(results) + "\n")
-    write(given.out)
+    write_page(given.out, PAGE, page)
 
 
 def sum_in_fp32(model: PreTrainedModel) -> None:

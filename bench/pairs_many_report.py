@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from bench.tables import MISSING, markdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 PAGE = "PAIRS_MANY.md"
 NUDGES, RESAMPLES, SEED = 4, 10_000, 0
@@ -19,13 +17,6 @@ NUDGED = tuple(f"nudged-{seed}" for seed in range(NUDGES))
 FAST = ("fast", "fast-scores", "fast-scores-p32", "fast-p32")
 LEVEL = (2.5, 97.5)
 Row = dict[str, Any]
-
-
-def write(source: Path) -> None:
-    """Write the page beside the JSON, and print it."""
-    text = page(json.loads(source.read_text()), source.name)
-    source.with_name(PAGE).write_text(text)
-    print(text)
 
 
 def page(results: dict[str, Any], name: str) -> str:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.tables import MISSING, markdown
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PAGE = "PAIRS.md"
 WAYS = ("fast", "sdpa", "sdpa-whole")
@@ -16,13 +12,6 @@ LED = ("fast", "sdpa")
 NEAR = 0.125
 COMPUTED = ("fast", "sdpa", "eager")
 Row = dict[str, Any]
-
-
-def write(source: Path) -> None:
-    """Write the page beside the JSON, and print it."""
-    text = page(json.loads(source.read_text()), source.name)
-    source.with_name(PAGE).write_text(text)
-    print(text)
 
 
 def page(results: dict[str, Any], name: str) -> str:

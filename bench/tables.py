@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Row = dict[str, Any]
 Rows = dict[str, Row]
@@ -237,6 +241,13 @@ SECTIONS = (
         ),
     ),
 )
+
+
+def write_page(source: Path, name: str, page: Callable[[dict[str, Any], str], str]) -> None:
+    """Write the page of a JSON file beside it, and print it."""
+    text = page(json.loads(source.read_text()), source.name)
+    source.with_name(name).write_text(text)
+    print(text)
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:

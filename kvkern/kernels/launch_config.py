@@ -37,7 +37,7 @@ class ExactConfig:
         max_registers: of a thread, where the compiler would take fewer and spill; 0 leaves it to the compiler.
         launches: 1, on NVIDIA's GPUs, or 3 for a launch of each phase.
         pull: whether programs ask the L2 for all of their K or V at once: NVIDIA's, since sm_90.
-        warm: whether they ask the L1 for q and p before they read them word by word: NVIDIA's.
+        warm: whether they ask the L1 ahead for q, p and lengths, which are read word by word: NVIDIA's.
     """
 
     score_rows: int
