@@ -12,8 +12,8 @@ from transformers.initialization import no_init_weights
 
 import kvkern
 from kvkern import operations
+from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.register import under_contract
-from kvkern.model_patch.store import prefill
 from kvkern.tables import RopeTable
 from tests.support.models import small_qwen3
 

@@ -17,8 +17,8 @@ from bench.documents import attend_with, attending
 from bench.rotation import READ, REPLAYED, Cell, Variant, replay, rotate
 from bench.shapes import PREFIX_TOKENS, SHORT_TOKENS, last_level_cache_bytes
 from kvkern import operations
+from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.register import under_contract
-from kvkern.model_patch.store import prefill
 from tests.support.models import smollm2
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from bench.rotation import REPLAYED, Cell, Variant, replay, rotate
 from bench.shapes import PREFIX_TOKENS, SHORT_TOKENS
 from kvkern import weights
 from kvkern.layout import shard
-from kvkern.model_patch.store import prefill
+from kvkern.model_patch.computing import prefill
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
         AccessError,
         IntegrityError,
         KvkernError,
+        KVMismatchError,
         LayoutError,
         SpecMismatchError,
         UnsupportedError,
     )
     from kvkern.layout import Collected, Explanation, Published, Report, Summary
+    from kvkern.model_patch.recompute import Recomputed
     from kvkern.model_patch.register import patch, unpatch
     from kvkern.model_patch.store import Prefix, Store
     from kvkern.spec import KVSpec
@@ -30,6 +32,7 @@ _HOMES = {
     "Collected": "layout",
     "Explanation": "layout",
     "IntegrityError": "errors",
+    "KVMismatchError": "errors",
     "KVSpec": "spec",
     "KVView": "view",
     "KvkernError": "errors",
@@ -37,6 +40,7 @@ _HOMES = {
     "Plan": "attention",
     "Prefix": "model_patch.store",
     "Published": "layout",
+    "Recomputed": "model_patch.recompute",
     "Report": "layout",
     "SpecMismatchError": "errors",
     "Summary": "layout",
@@ -56,6 +60,7 @@ __all__ = [
     "Collected",
     "Explanation",
     "IntegrityError",
+    "KVMismatchError",
     "KVSpec",
     "KVView",
     "KvkernError",
@@ -63,6 +68,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "Published",
+    "Recomputed",
     "Report",
     "SpecMismatchError",
     "Store",

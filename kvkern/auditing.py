@@ -14,8 +14,9 @@ from kvkern.contract import TILE_TOKENS
 from kvkern.errors import IntegrityError, LayoutError, SpecMismatchError
 from kvkern.layout import BLOCK_TILES, BLOCK_TOKENS, pack
 from kvkern.layout.shard import encode_shard
+from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.register import under_contract
-from kvkern.model_patch.store import Prefix, difference, prefill
+from kvkern.model_patch.store import Prefix, difference
 
 if TYPE_CHECKING:
     from collections.abc import Callable

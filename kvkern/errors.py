@@ -66,6 +66,10 @@ class SpecMismatchError(KvkernError):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
+class KVMismatchError(KvkernError):
+    """Stored KV is not what this model computes from the stored tokens."""
+
+
 def _rebuild(kind: type[Exception], arguments: tuple[Any, ...], state: dict[str, Any]) -> Exception:
     """Unpickle an error whose constructor takes other arguments than Exception keeps."""
     error = kind.__new__(kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import os
 import weakref
@@ -15,7 +17,7 @@ from kvkern.errors import UnsupportedError
 from kvkern.spec import tagged_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -56,35 +58,84 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return tagged_sha256("kvkern-weights-v1", *parts).hex()
 
 
-_MODEL_DIGESTS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+_DIGESTS: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, str]]] = weakref.WeakKeyDictionary()
+_LINE_BYTES = 64
+_LINES = 6
+"""Cache lines of every tensor that are read again at each call, to notice writes that torch does not count."""
 
 
 def model_weights_digest(model: torch.nn.Module) -> str:
     """Digest a model's `state_dict()`, remembering the answer while the model stays unchanged.
 
-    The memory is keyed by name, identity, address, version counter, shape and dtype of every
-    tensor. Writes that torch does not count (through `.data` or a numpy alias) are not seen.
-
     Raises:
         UnsupportedError: an entry of the state dict is not a dense tensor; the message names it.
     """
-    state = model.state_dict(keep_vars=True)
-    for name, value in state.items():
+    return cached_weights_digest(model, "state_dict", model.state_dict(keep_vars=True))
+
+
+def cached_weights_digest(owner: torch.nn.Module, what: str, tensors: Mapping[str, Any]) -> str:
+    """Digest named weights of a module, remembering the answer while they stay unchanged.
+
+    The memory is keyed by name, identity, address, version counter, shape and dtype of every tensor, and by
+    the bytes of a few cache lines of each. A write that torch does not count (through `.data` or a numpy alias) is
+    seen when it changes a whole tensor; one to a few elements is not.
+
+    Args:
+        owner: the module; the memory goes when it goes.
+        what: which weights of it, the memory's key.
+        tensors: names to tensors.
+
+    Raises:
+        UnsupportedError: an entry is not a dense tensor; the message names it.
+    """
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise UnsupportedError(
                 f"state_dict entry {name!r} is a {type(value).__name__}, not a tensor: its effect "
                 "on KV is unknown. Use a model without extra state."
             )
-    if any(tensor.is_inference() for tensor in state.values()):
-        return weights_digest(state)  # inference tensors carry no version counter
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        return weights_digest(tensors)  # inference tensors carry no version counter
     key = [
-        (name, weakref.ref(t), t.data_ptr(), t._version, tuple(t.shape), t.stride(), t.dtype)
-        for name, t in state.items()
+        (name, weakref.ref(t), t.data_ptr(), t._version, tuple(t.shape), t.stride(), t.dtype, lines)
+        for (name, t), lines in zip(tensors.items(), _samples(list(tensors.values())), strict=True)
     ]
-    known = _MODEL_DIGESTS.get(model)
+    memory = _DIGESTS.setdefault(owner, {})
+    known = memory.get(what)
     if known is None or not _same_tensors(known[0], key):
-        known = _MODEL_DIGESTS[model] = (key, weights_digest(state))
+        known = memory[what] = (key, weights_digest(tensors))
     return known[1]
+
+
+def _samples(tensors: Sequence[Tensor]) -> list[bytes]:
+    """Read a few cache lines of the memory of each tensor, spread over it."""
+    lines: list[bytes] = [b""] * len(tensors)
+    elsewhere: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for i, tensor in enumerate(tensors):
+        if not tensor.numel() or tensor.is_meta or tensor.layout != torch.strided:
+            continue
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        size = extent * tensor.element_size()
+        if tensor.device.type == "cpu":
+            address, length = tensor.data_ptr(), min(_LINE_BYTES, size)
+            lines[i] = b"".join([ctypes.string_at(address + place, length) for place in _places(size)])
+        else:
+            memory = tensor.detach().as_strided((extent,), (1,)).view(torch.uint8)
+            parts = [memory[place : place + _LINE_BYTES] for place in _places(size)]
+            elsewhere.setdefault(tensor.device, []).append((i, torch.cat(parts)))
+    for found in elsewhere.values():  # one copy from each device
+        every = torch.cat([part for _, part in found]).cpu().split([part.numel() for _, part in found])
+        for (i, _), part in zip(found, every, strict=True):
+            lines[i] = part.numpy().tobytes()
+    return lines
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(size: int) -> tuple[int, ...]:
+    """Offsets of the lines in `size` bytes, at growing distances: equal ones could meet the same column of all rows."""
+    last = max(size - _LINE_BYTES, 0)
+    steps = _LINES * (_LINES - 1)
+    return tuple(sorted({last * i * (i + 1) // steps // 8 * 8 for i in range(_LINES)}))
 
 
 def _same_tensors(old: list[tuple[Any, ...]], new: list[tuple[Any, ...]]) -> bool:

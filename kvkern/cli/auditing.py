@@ -56,6 +56,7 @@ def audit(
     existing(store).resolve(digest)
     network, _ = load(model, Attention.eager)
     from kvkern.auditing import audit as check
+    from kvkern.model_patch.store import take_table
 
     opened = kvkern.Store(store)
     prefix = opened.open(digest, network, producer=producer and producer.value, salt=salt)
@@ -85,14 +86,6 @@ def audit(
             f"{counted(first.ulps, 'ulp')} off",
             INTEGRITY_ERROR,
         )
-
-
-def take_table(store: kvkern.Store, prefix: kvkern.Prefix) -> None:
-    """Where this host's mathematical library makes another RoPE table, take the document's, if it may be one."""
-    from kvkern.model_patch.rope import give_rope_table, rope_table
-
-    if rope_table(prefix.model).digest != prefix.spec.producer_info.get("rope_table"):
-        give_rope_table(prefix.model, store.rope_table(prefix.digest))
 
 
 def _view(found: Audit, digest: str, producer: str, seconds: float) -> dict[str, str]:

@@ -16,10 +16,11 @@ from kvkern.environment import cpu_isa
 from kvkern.errors import LayoutError
 from kvkern.kernels import native
 from kvkern.layout import unpack
+from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.identity import spec_of
 from kvkern.model_patch.load import SMOLLM2, load_model
 from kvkern.model_patch.register import patch
-from kvkern.model_patch.store import Store, prefill
+from kvkern.model_patch.store import Store
 from kvkern.probe import stock_order
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvkern.attention import launch, new_workspace, prefix_attention
-from kvkern.contract import KEY_RUN
+from kvkern.contract import KEY_RUN, KEY_RUN_LONG
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
+from kvkern.model_patch.gradients import refuse_gradient
 from kvkern.view import KVView
 
 if TYPE_CHECKING:
@@ -64,25 +65,28 @@ def attention_forward(
         `([B, Tq, num_q_heads, head_dim] bf16, None)`.
 
     Raises:
-        UnsupportedError: naming what kvkern does not compute.
+        UnsupportedError: naming what kvkern does not compute; a gradient, in the backward pass.
     """
     _refuse(module, query, attention_mask, dropout, kwargs)
     handle: LayerHandle | None = getattr(key, HANDLE_ATTRIBUTE, None)
     if handle is None:
-        return _attend_plain(query, key, value, attention_mask, scaling, key_run, profile), None
+        out = _attend_plain(query, key, value, attention_mask, scaling, key_run, profile)
+        return refuse_gradient(out, query, key, value, what="attention", training=module.training), None
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
     q = native.dense_rows(query)
     workspace = _workspace(handle, q, kv, profile)
     launch(q, kv, out, None, sm_scale=scaling, key_run=key_run, profile=profile, workspace=workspace)
-    return out, None
+    return refuse_gradient(out, query, *handle.recorded, what="attention", training=module.training), None
 
 
 contract_attention_forward = partial(attention_forward, key_run=KEY_RUN)
 """Attend under the contract, whatever the chunks: what scope "model" registers."""
 fast_attention_forward = partial(attention_forward, profile="fast")
 """Attend on tensor cores: what profile "fast" registers."""
+long_run_attention_forward = partial(attention_forward, key_run=KEY_RUN_LONG)
+"""Attend as stock does in a prefill of more than 1,024 tokens, over any number of keys."""
 
 
 def _workspace(handle: LayerHandle, q: Tensor, kv: KVView, profile: Profile) -> Tensor:

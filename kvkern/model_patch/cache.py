@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvkern.contract import TILE_TOKENS
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
+from kvkern.model_patch.gradients import would_flow
 from kvkern.model_patch.register import IMPLEMENTATION, is_patched
 from kvkern.view import KVView, append
 
@@ -137,7 +138,8 @@ class PrefixCache(Cache):
         )
         layer.columns = step.columns[1]
         handle = torch.empty(0, device="meta")
-        setattr(handle, HANDLE_ATTRIBUTE, LayerHandle(self, layer_idx))
+        recorded = (key_states, value_states) if would_flow(key_states, value_states) else ()
+        setattr(handle, HANDLE_ATTRIBUTE, LayerHandle(self, layer_idx, recorded))
         return handle, handle
 
     def _begin_step(self, key_states: Tensor) -> None:
@@ -266,6 +268,7 @@ class LayerHandle:
 
     cache: PrefixCache
     layer_idx: int
+    recorded: tuple[Tensor, ...] = ()  # keys and values that a gradient would belong to
 
     def view(self, module: torch.nn.Module, attention_mask: Tensor | None, position_ids: Tensor | None) -> KVView:
         """Return what the kernel reads, for the module that attends.

@@ -12,6 +12,7 @@ import torch
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch import whole
 from kvkern.model_patch.rope import give_rope_table
+from kvkern.model_patch.support import other_than_full_causal
 from kvkern.probe import stock_order
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "kvkern"
 CONTRACT_IMPLEMENTATION = "kvkern_contract"
 FAST_IMPLEMENTATION = "kvkern_fast"
+LONG_RUN_IMPLEMENTATION = "kvkern_run1024"
+"""Attention in runs of 1,024 keys at any length: recomputes part of a long prefill of stock."""
 SCOPES = {"attention": IMPLEMENTATION, "model": CONTRACT_IMPLEMENTATION}
-_NAMES = (*SCOPES.values(), FAST_IMPLEMENTATION)
+_NAMES = (*SCOPES.values(), FAST_IMPLEMENTATION, LONG_RUN_IMPLEMENTATION)
 _PREVIOUS = "_kvkern_previous_implementation"
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -35,12 +38,18 @@ def register() -> None:
     """Register attention and mask in transformers, under a name for each scope and profile; safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from kvkern.model_patch.attention import attention_forward, contract_attention_forward, fast_attention_forward
+    from kvkern.model_patch.attention import (
+        attention_forward,
+        contract_attention_forward,
+        fast_attention_forward,
+        long_run_attention_forward,
+    )
     from kvkern.model_patch.masks import padding_mask
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionInterface.register(CONTRACT_IMPLEMENTATION, contract_attention_forward)
     AttentionInterface.register(FAST_IMPLEMENTATION, fast_attention_forward)
+    AttentionInterface.register(LONG_RUN_IMPLEMENTATION, long_run_attention_forward)
     for name in _NAMES:
         AttentionMaskInterface.register(name, padding_mask)
 
@@ -163,17 +172,11 @@ def require_supported(model: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"{name} computes in {model.dtype}: kvkern is exact in bfloat16, load it with dtype=torch.bfloat16"
         )
-    others = sorted({kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"})
-    if others:
-        raise UnsupportedError(f"{name} has {', '.join(others)} layers: kvkern computes full causal attention only")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UnsupportedError(
-            f"{name} has a sliding window of {config.sliding_window}: kvkern computes full causal attention only"
-        )
+    reason = other_than_full_causal(model)
+    if reason is not None:
+        raise UnsupportedError(f"{name} {reason}: kvkern computes full causal attention only")
     for field, what in (("attn_logit_softcapping", "softcap"), ("use_sinks", "attention sinks")):
         if getattr(config, field, None):
             raise UnsupportedError(
                 f"{name} uses {what} ({field}={getattr(config, field)!r}): kvkern does not compute it"
             )
-    if not getattr(config, "is_causal", True):
-        raise UnsupportedError(f"{name} is not causal: kvkern computes causal attention only")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from kvkern.contract import TILE_TOKENS
 from kvkern.errors import LayoutError, SpecMismatchError, UnsupportedError
@@ -38,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvkern.model_patch.cache import PrefixCache
+    from kvkern.model_patch.recompute import Recomputed
     from kvkern.spec import KVSpec
 
     Progress = Callable[[int, int], None]
@@ -67,19 +65,20 @@ class Store:
         doc_ids: Tensor | Sequence[int],
         *,
         producer: str = "stock",
+        attention: str = "exact",
         salt: str = "",
         progress: Progress | None = None,
     ) -> Published:
-        """Compute a document's KV by one prefill of the model as it is, and publish it.
-
-        Patch the model first when the document is long: kvkern's attention never builds a score matrix of all
-        queries by all keys, and has the bits of stock `eager`.
+        """Compute a document's KV by one prefill, and publish it. The model is left as it is.
 
         Args:
-            model: a causal LM with full causal attention, in bf16.
+            model: a causal LM with full causal attention, in bf16, patched or not.
             doc_ids: `[n]` or `[1, n]` token ids.
-            producer: `stock`: whatever attention the model runs now; it is recorded. `contract`: the whole model
-                under the numeric contract, patched for it or not; the store keeps the RoPE table beside the blocks.
+            producer: `stock`: the model's own operations. `contract`: the whole model under the numeric contract; the
+                store keeps the RoPE table beside the blocks.
+            attention: of producer `stock`. `exact`: the bits of stock `eager`, whatever the model attends by; kvkern's
+                attention computes them, without a score matrix of all queries by all keys. `model`: the model as it is;
+                what it attends by is recorded, and so is `torch.compile`.
             salt: keeps documents of different owners apart.
             progress: called with (done, total) bytes while blocks are written.
 
@@ -95,19 +94,30 @@ class Store:
             once it crosses 1,024 tokens. The contract's is a function of weights and tokens alone, and so is the
             document's digest: the same from any machine, thread count and chunking.
         """
+        from kvkern.model_patch.as_configured import require_as_configured, require_no_dropout
+        from kvkern.model_patch.computing import prefill, publisher_of
         from kvkern.model_patch.identity import spec_of
         from kvkern.model_patch.register import require_supported, under_contract
         from kvkern.model_patch.rope import require_trusted
 
         if producer not in PRODUCERS:
             raise UnsupportedError(f"producer {producer!r} is not available: take {' or '.join(map(repr, PRODUCERS))}")
+        if producer == "contract" and attention != "exact":
+            raise UnsupportedError(f"attention={attention!r} goes with producer 'stock': the contract fixes attention")
         require_supported(model)
         ids = token_tensor(doc_ids, "doc_ids")[None]
-        with under_contract(model) if producer == "contract" else nullcontext():  # refuses before the weights are read
-            spec = spec_of(model, producer=producer, salt=salt)
-            k, v = prefill(model, ids)
         if producer == "contract":
+            with under_contract(model):  # refuses before the weights are read
+                require_as_configured(model)
+                spec = spec_of(model, producer=producer, salt=salt)
+                k, v = prefill(model, ids)
             self.blocks.put_table(require_trusted(model).to_bytes())
+            return self.put(spec, ids, k, v, progress=progress)
+        require_as_configured(model)
+        require_no_dropout(model)
+        publisher, attended_by = publisher_of(model, attention, ids.numel())
+        spec = spec_of(model, salt=salt, attn_implementation=attended_by)
+        k, v = prefill(publisher, ids)
         return self.put(spec, ids, k, v, progress=progress)
 
     def put(
@@ -129,6 +139,7 @@ class Store:
         *,
         producer: str | None = None,
         salt: str | None = None,
+        check: str = "spec",
         progress: Progress | None = None,
     ) -> Prefix:
         """Verify a document, map it, and bind it to the model that will read it.
@@ -138,6 +149,8 @@ class Store:
             model: the model; its weights digest is computed once and kept until a weight changes.
             producer: insist on a producer; None accepts any.
             salt: the salt it was published with; None means the empty salt.
+            check: `spec`: the model's spec must be the document's. `recompute`: the first and the last 64 tokens of the
+                prefix are computed again too, at every open, and compared; `Prefix.recomputed` says by which rule.
             progress: called with (done, total) bytes while blocks are verified.
 
         Returns:
@@ -146,15 +159,18 @@ class Store:
         Raises:
             IntegrityError: stored bytes are not what their digest names; the file is named.
             SpecMismatchError: the model, producer or salt differs; the field and both values are named.
+            UnsupportedError: the model computes something that no field of a spec names, such as a hook; it is named.
+            KVMismatchError: the stored KV is not what this model computes.
             LayoutError: no such document, or a file of another form.
         """
         from kvkern.model_patch.whole import is_entered
 
+        _require_check(check)
         stored = self.blocks.manifest(digest).spec
         found = difference(stored, model, producer, salt, contract=is_entered(model))
         if found is not None:
             raise SpecMismatchError(*found)
-        return Prefix(self.blocks.get(digest, progress=progress), model)
+        return self._checked(Prefix(self.blocks.get(digest, progress=progress), model), check)
 
     def match(
         self,
@@ -163,6 +179,7 @@ class Store:
         *,
         producer: str | None = None,
         salt: str | None = None,
+        check: str = "spec",
     ) -> Prefix | None:
         """Open the longest published beginning of a prompt.
 
@@ -171,6 +188,7 @@ class Store:
             model: the reader.
             producer: insist on a producer; None accepts any.
             salt: the salt it was published with; None means the empty salt.
+            check: as `open` takes it, over the tokens that match.
 
         Returns:
             A Prefix of `prefix.tokens` tokens, fewer than n, so that `prefix.prepare(token_ids[prefix.tokens:])` goes
@@ -178,6 +196,7 @@ class Store:
 
         Raises:
             LayoutError: the ids are malformed.
+            UnsupportedError, KVMismatchError: as `open`.
 
         Bits:
             KV is what the document's publisher computed. Stock's KV of a token depends on the length of the prefill
@@ -185,6 +204,7 @@ class Store:
         """
         from kvkern.model_patch.whole import is_entered
 
+        _require_check(check)
         ids, under = token_tensor(token_ids), is_entered(model)
         if ids.numel() == 1:
             return None
@@ -194,15 +214,33 @@ class Store:
         if not found:
             return None
         document, tokens = max(found, key=lambda match: match[1])
-        return Prefix(document, model, tokens)
+        return self._checked(Prefix(document, model, tokens), check)
+
+    def _checked(self, prefix: Prefix, check: str) -> Prefix:
+        """Refuse what the spec cannot name, and recompute where that is asked for."""
+        from kvkern.model_patch.as_configured import require_as_configured
+        from kvkern.model_patch.recompute import recompute
+
+        require_as_configured(prefix.model)
+        if check == "spec":
+            return prefix
+        if prefix.spec.producer == "contract":
+            take_table(self, prefix)
+        return replace(prefix, recomputed=recompute(prefix, prefix.model))
 
     def why(
         self, token_ids: Tensor | Sequence[int], model: PreTrainedModel, *, salt: str | None = None
     ) -> list[Explanation]:
         """Explain for every document how many of the tokens it serves this model, and what differs; best first."""
+        from kvkern.model_patch.as_configured import unnamed_change
         from kvkern.model_patch.identity import spec_of
 
-        return self.blocks.why(token_ids, spec_of(model, salt=salt or ""))
+        found = self.blocks.why(token_ids, spec_of(model, salt=salt or ""))
+        change = unnamed_change(model)
+        if change is None:
+            return found
+        unnamed = ("computation", "as its configuration says", change)
+        return [replace(line, differences=(unnamed, *line.differences)) for line in found]
 
     def rope_table(self, digest: str) -> RopeTable:
         """Return the RoPE table that a document of producer `contract` was computed with.
@@ -241,11 +279,13 @@ class Prefix:
         document: manifest and mapped shards.
         model: the reader.
         length: leading tokens of the document that belong to the prefix; None for all.
+        recomputed: what `open(check="recompute")` has found.
     """
 
     document: Document
     model: PreTrainedModel
     length: int | None = None
+    recomputed: Recomputed | None = None
 
     @property
     def digest(self) -> str:
@@ -323,6 +363,23 @@ class Prefix:
         """Leave; the mappings go when the last reader's cache goes."""
 
 
+def take_table(store: Store, prefix: Prefix) -> None:
+    """Where this host's mathematical library makes another RoPE table, take the document's, if it may be one.
+
+    Raises:
+        UnsupportedError: it is not what another library could have made of this model's RoPE.
+    """
+    from kvkern.model_patch.rope import give_rope_table, rope_table
+
+    if rope_table(prefix.model).digest != prefix.spec.producer_info.get("rope_table"):
+        give_rope_table(prefix.model, store.rope_table(prefix.digest))
+
+
+def _require_check(check: str) -> None:
+    if check not in ("spec", "recompute"):
+        raise UnsupportedError(f"check is {check!r}: take 'spec' or 'recompute'")
+
+
 def difference(
     stored: KVSpec, model: PreTrainedModel, producer: str | None, salt: str | None, *, contract: bool
 ) -> tuple[str, Any, Any] | None:
@@ -348,19 +405,3 @@ def difference(
     names = sorted({*info, *stored.producer_info})
     pairs = ((name, stored.producer_info.get(name, ABSENT), info.get(name, ABSENT)) for name in names)
     return next(((f"producer_info.{name}", theirs, mine) for name, theirs, mine in pairs if theirs != mine), None)
-
-
-def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the model once over `ids [1, n]` and return K and V `[layers, kv_heads, n, head_dim]` bf16."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(
-            input_ids=ids.to(model.device),
-            attention_mask=torch.ones_like(ids, device=model.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return tuple(torch.cat([getattr(layer, name) for layer in cache.layers]).cpu() for name in ("keys", "values"))

@@ -11,6 +11,8 @@ from torch import nn
 from kvkern import operations
 from kvkern.contract import NORM_WIDTH_LIMIT, NORM_WIDTH_STEP
 from kvkern.errors import UnsupportedError
+from kvkern.model_patch.forwards import hook_of, is_compiled, is_kvkern_forward, kvkern_forward
+from kvkern.model_patch.gradients import refuse_gradient
 from kvkern.model_patch.rope import require_trusted
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def enter(model: PreTrainedModel, *, k_major: bool) -> None:
 def leave(model: PreTrainedModel) -> None:
     """Undo what `enter` did, and nothing else."""
     for module in model.modules():
-        if _is_ours(module):
+        if is_kvkern_forward(module):
             del module.forward
         module.__dict__.pop(_TABLE, None)
     for name in getattr(model, _UNDO):
@@ -78,16 +80,11 @@ def require_whole(model: PreTrainedModel) -> None:
         UnsupportedError: an operation is not, or no longer, under the contract; it is named.
     """
     for module in contract_forwards(model):
-        if not _is_ours(module):
+        if not is_kvkern_forward(module):
             name = next(name for name, found in model.named_modules() if found is module)
             raise UnsupportedError(
                 f"{type(model).__name__}.{name} has come after kvkern.patch: call kvkern.unpatch(model) and patch again"
             )
-
-
-def _is_ours(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return getattr(forward, "__func__", None) in (_linear, _norm, _rotary, _silu)
 
 
 def contract_forwards(model: PreTrainedModel) -> dict[nn.Module, Forward]:
@@ -128,31 +125,37 @@ def contract_forwards(model: PreTrainedModel) -> dict[nn.Module, Forward]:
 
 def _require_plain(module: nn.Module, where: str) -> None:
     """Refuse what would compute something beside, or instead of, the module's own forward."""
-    if "forward" in module.__dict__ and not _is_ours(module):
+    if "forward" in module.__dict__ and not is_kvkern_forward(module):
         _refuse(where, "a forward of its own", "modules as transformers makes them")
-    if module._forward_hooks or module._forward_pre_hooks:
-        _refuse(where, "a forward hook", "modules without hooks")
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    if (hook := hook_of(module)) is not None:
+        _refuse(where, hook, "modules without hooks that may change what is computed")
+    if is_compiled(module):
         _refuse(where, "a compiled module", "modules that are not compiled")
     scaling, head_dim = getattr(module, "scaling", None), getattr(module, "head_dim", None)
     if scaling is not None and head_dim is not None and scaling != head_dim**-0.5:
         _refuse(where, f"scaling {scaling}", f"{head_dim**-0.5}")
 
 
+@kvkern_forward
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:
     if self.training:
         raise UnsupportedError("training under scope 'model': kvkern computes no gradients, call model.eval()")
-    return operations.linear(x, self.weight)
+    out = operations.linear(x.detach(), self.weight.detach())
+    return refuse_gradient(out, x, self.weight, what="Linear")
 
 
+@kvkern_forward
 def _norm(self: Any, x: Tensor) -> Tensor:
-    return operations.rms_norm(x, self.weight, self.variance_epsilon)
+    out = operations.rms_norm(x, self.weight, self.variance_epsilon)
+    return refuse_gradient(out, x, self.weight, what="RMSNorm")
 
 
+@kvkern_forward
 def _silu(self: nn.Module, x: Tensor) -> Tensor:
-    return operations.silu(x)
+    return refuse_gradient(operations.silu(x), x, what="SiLU")
 
 
+@kvkern_forward
 def _rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     table: RopeTable = self.__dict__[_TABLE]
     positions = table.cos.shape[0]

@@ -1,0 +1,279 @@
+"""KV of another computation: whatever changes what a model computes is in the spec, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.models.qwen3 import modeling_qwen3
+
+import kvkern
+from kvkern import SpecMismatchError, UnsupportedError
+from kvkern.model_patch.as_configured import unnamed_change
+from kvkern.model_patch.computing import prefill
+from kvkern.model_patch.identity import spec_of
+from tests.model_patch.conftest import tiny
+from tests.support.bits import differing
+
+
+def eps(model: PreTrainedModel) -> None:
+    model.model.norm.variance_epsilon = model.model.layers[0].input_layernorm.variance_epsilon = 1e-2
+
+
+def scaling(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.scaling = 0.5
+
+
+def inv_freq(model: PreTrainedModel) -> None:
+    model.model.rotary_emb.inv_freq.mul_(1.5)
+
+
+def window(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.sliding_window = 32
+
+
+def hook(model: PreTrainedModel) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def pre_hook(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def forward(model: PreTrainedModel) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = functools.partial(lambda self, x: x, mlp)
+
+
+def layer_order(model: PreTrainedModel) -> None:
+    model.model.layers[0] = model.model.layers[1]
+
+
+class Louder(modeling_qwen3.Qwen3MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def module_class(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.__class__ = Louder
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def parametrization(model: PreTrainedModel) -> None:
+    parametrize.register_parametrization(model.model.layers[0].mlp.up_proj, "weight", Twice())
+
+
+def config_of_one_layer(model: PreTrainedModel) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+
+
+CHANGES: dict[Callable[[PreTrainedModel], None], str] = {
+    eps: r"input_layernorm\.variance_epsilon is 0\.01, its configuration gives 1e-06",
+    scaling: r"layers\.0\.self_attn\.scaling is 0\.5, its configuration gives 0\.17",
+    inv_freq: r"rotary_emb\.inv_freq differs from its configuration's in 16 of 16 elements",
+    window: r"self_attn\.sliding_window is 32, its configuration gives None",
+    hook: r"layers\.0 has a forward hook \(.*hook\.<locals>\.<lambda>\)",
+    pre_hook: r"layers\.0\.mlp has a forward hook",
+    forward: r"layers\.0\.mlp has a forward of its own",
+    layer_order: r"layers\.0\.self_attn\.layer_idx is 1, its configuration gives 0",
+    module_class: r"layers\.0\.mlp is a .*Louder, its configuration gives a .*Qwen3MLP",
+    parametrization: r"up_proj has a parametrization",
+    config_of_one_layer: r"self_attn\.config attends by 'sdpa', the model's by 'eager'",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_raises_stock__what_the_spec_cannot_name(change, store: kvkern.Store, doc: list[int]) -> None:
+    """Each of these changes K or V, or would for other weights, and leaves every tensor's bytes."""
+    model = tiny("qwen3")
+    digest = store.publish(model, doc).digest
+    before = spec_of(model)
+    change(model)
+    for refused in (
+        lambda: store.publish(model, doc),
+        lambda: store.publish(model, doc, attention="model"),
+        lambda: store.open(digest, model),
+    ):
+        with pytest.raises((UnsupportedError, SpecMismatchError), match=f"{CHANGES[change]}|'weights'"):
+            refused()
+    if change not in (layer_order, parametrization):  # these two change names or tensors as well
+        assert spec_of(model) == before
+        with pytest.raises(UnsupportedError, match=CHANGES[change]):
+            store.open(digest, model)
+        with pytest.raises(UnsupportedError, match=CHANGES[change]):
+            store.match(doc, model)
+        (line,) = store.why(doc, model)
+        assert not line.is_usable and line.differences[0][0] == "computation" and line.differences[0][2] in line.reason
+
+
+@pytest.mark.parametrize("where", ["class", "function", "global"])
+def test_raises_stock__code_that_is_replaced_for_all_models(
+    where: str, store: kvkern.Store, doc: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libraries of fused kernels do it: a class's forward, a function of its module, a hook on everything."""
+    model = tiny("qwen3")
+    digest = store.publish(model, doc).digest
+    if where == "class":
+        monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", lambda self, x: x)
+        named = r"a forward that .*<lambda> has replaced in Qwen3MLP"
+    elif where == "function":
+        original = modeling_qwen3.apply_rotary_pos_emb
+
+        def mine(*args, **kwargs):
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", mine)
+        named = r"a forward that calls .*mine"
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+        monkeypatch.callback = handle.remove  # kept alive
+        named = "a forward hook for all modules"
+    try:
+        with pytest.raises(UnsupportedError, match=named):
+            store.open(digest, model)
+        with pytest.raises(UnsupportedError, match=named):
+            store.publish(model, doc)
+    finally:
+        if where == "global":
+            handle.remove()
+    monkeypatch.undo()
+    store.open(digest, model)
+
+
+def test_raises_open__weights_are_scaled_through_data(store: kvkern.Store, doc: list[int]) -> None:
+    """Torch does not count such a write; some cache lines of every tensor are read again."""
+    model = tiny("qwen3")
+    digest = store.publish(model, doc).digest
+    store.open(digest, model)
+    for weight in (model.model.layers[1].self_attn.k_proj.weight, model.model.norm.weight):
+        weight.data.mul_(2)
+        with pytest.raises(SpecMismatchError, match="'weights'"):
+            store.open(digest, model)
+        weight.data.div_(2)
+        store.open(digest, model)
+
+
+def test_raises_publish__dropout_in_training_mode(store: kvkern.Store, doc: list[int]) -> None:
+    model = tiny("qwen3", attention_dropout=0.5).train()
+    with pytest.raises(UnsupportedError, match=r"drops 0\.5 of its values in training mode: call model\.eval\(\)"):
+        store.publish(model, doc, attention="model")
+    store.publish(model.eval(), doc)
+
+
+def test_bits_publish__autocast_changes_nothing(store: kvkern.Store, doc: list[int]) -> None:
+    model = tiny("qwen3")
+    digest = store.publish(model, doc).digest
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert store.publish(model, doc).digest == digest
+        store.open(digest, model, check="recompute")
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    return model
+
+
+def captured(model: PreTrainedModel) -> PreTrainedModel:
+    """One call with output_hidden_states leaves hooks on every layer."""
+    model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    return model
+
+
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """As `device_map` over several devices does it: a hook around the forward of every module."""
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=module is model))
+    return model
+
+
+def compiled_forward(model: PreTrainedModel) -> PreTrainedModel:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compiled_in_place(model: PreTrainedModel) -> PreTrainedModel:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_layer(model: PreTrainedModel) -> PreTrainedModel:
+    model.model.layers[0].forward = torch.compile(model.model.layers[0].forward, backend="eager")
+    return model
+
+
+def another_padding_token(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.pad_token_id = 5
+    return model
+
+
+def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+    model.gradient_checkpointing_enable()
+    return model
+
+
+KNOWN = [plain, captured, placed, compiled_forward, compiled_in_place, compiled_layer, another_padding_token,
+         checkpointed]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", KNOWN, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_bits_stock__what_is_known_to_change_nothing(kind: str, change, store: kvkern.Store, doc: list[int]) -> None:
+    """Recognised by type: the document keeps its name, and so do its bits."""
+    digest = store.publish(tiny(kind), doc).digest
+    model = change(tiny(kind))
+    assert unnamed_change(model) is None
+    store.open(digest, model)
+    assert store.publish(model, doc).digest == digest
+    assert differing(prefill(model, torch.tensor([doc]))[0], prefill(tiny(kind), torch.tensor([doc]))[0]) == 0
+
+
+@pytest.mark.parametrize("change", [compiled_forward, compiled_in_place, compiled_layer], ids=lambda c: c.__name__)
+def test_publish__a_compiled_model_is_recorded_where_it_ran(change, store: kvkern.Store, doc: list[int]) -> None:
+    model = change(tiny("qwen3"))
+    spec = store.open(store.publish(model, doc, attention="model").digest, model).spec
+    assert spec.producer_info["compiled"] is True
+    assert "compiled" not in store.open(store.publish(model, doc).digest, model).spec.producer_info
+
+
+def test_scope__hooks_of_output_capture_are_no_obstacle(store: kvkern.Store, doc: list[int]) -> None:
+    model = captured(tiny("qwen3"))
+    kvkern.patch(model, scope="model")
+    expected = tiny("qwen3")
+    kvkern.patch(expected, scope="model")
+    ids = torch.tensor([doc])
+    with torch.inference_mode():
+        assert differing(model(ids).logits, expected(ids).logits) == 0
+    assert store.publish(model, doc, producer="contract").tokens == len(doc)
+
+
+def test_spec__sliding_windows_do_not_share_a_spec_with_full_attention() -> None:
+    """Two models of equal weights: the fields count as long as their values do not mean full causal attention."""
+    full = tiny("qwen3", sliding_window=None, use_sliding_window=False, max_window_layers=1)
+    wide = tiny("qwen3", sliding_window=4096, use_sliding_window=False, max_window_layers=7)
+    some = tiny("qwen3", sliding_window=16, use_sliding_window=True, max_window_layers=1)
+    every = tiny("qwen3", sliding_window=32, use_sliding_window=True, max_window_layers=0)
+    assert spec_of(full) == spec_of(wide) == spec_of(tiny("qwen3"))
+    assert len({spec_of(model).digest for model in (full, some, every)}) == 3
+    field, _, _ = spec_of(full).first_difference(spec_of(some))
+    assert field.startswith("config.layer_types")
+    crossing = tiny("qwen3", add_cross_attention=True)
+    chunked = tiny("qwen3", chunk_size_feed_forward=2)
+    acausal = tiny("qwen3")
+    acausal.model.layers[0].self_attn.is_causal = False
+    for other in (crossing, chunked, acausal):
+        assert spec_of(other) != spec_of(full)
+        with pytest.raises(UnsupportedError):
+            kvkern.patch(other)
