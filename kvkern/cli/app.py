@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 import kvkern
 from kvkern.cli.view import Format, printable
-from kvkern.errors import IntegrityError, KvkernError, LayoutError
+from kvkern.errors import IntegrityError, KvkernError, KVMismatchError, LayoutError
 
 if TYPE_CHECKING:
     from kvkern.layout import BlockStore
@@ -47,7 +47,8 @@ def _exit_codes() -> Iterator[None]:
         error.exit_code = USER_ERROR
         raise
     except KvkernError as error:
-        fail(str(error), INTEGRITY_ERROR if isinstance(error, IntegrityError) else USER_ERROR)
+        is_damage = isinstance(error, (IntegrityError, KVMismatchError))
+        fail(str(error), INTEGRITY_ERROR if is_damage else USER_ERROR)
     except ImportError as error:
         package = (error.name or "").partition(".")[0] or next((name for name in _EXTRAS if name in str(error)), None)
         if package not in _EXTRAS:

@@ -23,6 +23,13 @@ class Attention(StrEnum):
     sdpa = "sdpa"
 
 
+class Check(StrEnum):
+    """What opening a document for a model checks."""
+
+    spec = "spec"
+    recompute = "recompute"
+
+
 class Producer(StrEnum):
     """How KV is computed."""
 

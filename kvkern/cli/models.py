@@ -9,7 +9,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,8 +26,11 @@ from kvkern.cli.app import (
     existing,
     fail,
 )
-from kvkern.cli.loading import Attention, Producer, load, quiet_transformers, read_text
+from kvkern.cli.loading import Attention, Check, Producer, load, quiet_transformers, read_text
 from kvkern.cli.view import Format, counted, demo_view, dialogue, fields, print_result, progress_bar, sized, working
+
+if TYPE_CHECKING:
+    from kvkern.model_patch.recompute import Recomputed
 
 # oneDNN orders its sums by instruction set: under AMX not as the contract does.
 _CONTRACT_ISA = "AVX512_CORE_BF16"
@@ -38,6 +41,7 @@ DemoStoreOption = Annotated[Path | None, typer.Option("--store", help="Directory
 ProducerOption = Annotated[Producer, typer.Option(help="stock: as the model runs; contract: every bit is fixed.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 AttentionOption = Annotated[Attention, typer.Option(help="What attends; kvkern has the bits of eager.")]
+CheckOption = Annotated[Check, typer.Option(help="recompute: compute both ends again; spec: the spec alone.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Append the question as it is.")]
 ModelOption = Annotated[str, typer.Option(help="The model that published it.", show_default=False)]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, .gguf file, or smollm2.")]
@@ -93,7 +97,11 @@ def publish(
     start = time.perf_counter()
     with progress_bar("publishing") as progress:
         ids = document_ids(tokenizer, text)
-        done = kvkern.Store(store).publish(network, ids, producer=producer.value, salt=salt, progress=progress)
+        is_as_loaded = producer is Producer.stock and stock_attention is not Attention.kvkern
+        attention = "model" if is_as_loaded else "exact"
+        done = kvkern.Store(store).publish(
+            network, ids, producer=producer.value, attention=attention, salt=salt, progress=progress
+        )
     data = {**dataclasses.asdict(done), "seconds": time.perf_counter() - start}
     view = {
         "digest": done.digest,
@@ -114,9 +122,12 @@ def ask(
     salt: SaltOption = "",
     max_new_tokens: LengthOption = 64,
     raw: RawOption = False,
+    check: CheckOption = Check.recompute,
     output: FormatOption = Format.table,
 ) -> None:
     """Answer questions about a document, greedily: one batch, every question a reader of the same blocks.
+
+    The first and the last 64 tokens are computed again first; exit code 2 if they are not what is stored.
 
     Example: kvkern ask 3f9a2c71 "What is pdb?" "Who wrote it?" --model smollm2
     """
@@ -127,7 +138,7 @@ def ask(
 
     start = time.perf_counter()
     with progress_bar("opening") as progress:
-        prefix = kvkern.Store(store).open(digest, network, salt=salt, progress=progress)
+        prefix = kvkern.Store(store).open(digest, network, salt=salt, check=check.value, progress=progress)
     open_s = time.perf_counter() - start
     template = "{question}" if raw else QUESTION
     with working("answering"):
@@ -138,6 +149,7 @@ def ask(
         "digest": prefix.digest,
         "tokens": prefix.tokens,
         "open_seconds": open_s,
+        "recomputed": prefix.recomputed and dataclasses.asdict(prefix.recomputed),
         "verified_bytes": sum(shard.nbytes for shard in prefix.document.shards),
         "answers": [dict(zip(names, triple, strict=True)) for triple in triples],
         "seconds": found.seconds,
@@ -145,4 +157,16 @@ def ask(
     }
     opened = f"opened {prefix.tokens:,} tokens in {open_s:.3f} s, {sized(data['verified_bytes'])} verified"
     speed = f"{counted(sum(found.new_tokens), 'new token')} in {found.seconds:.2f} s, {found.tokens_per_s:.1f} a second"
-    print_result(output, data, dialogue(questions, found.texts), "", f"{opened}; {speed}")
+    lines = [f"{opened}; {speed}"]
+    if prefix.recomputed is not None:
+        lines.append(f"checked: {_in_words(prefix.recomputed)}")
+    print_result(output, data, dialogue(questions, found.texts), "", *lines)
+
+
+def _in_words(found: Recomputed) -> str:
+    if found.rule == "bits":
+        return f"{counted(found.tokens, 'token')} computed again, every bit as stored"
+    return (
+        f"{counted(found.tokens, 'token')} computed again, at most {found.distance:.4f} apart where {found.limit:.4f} "
+        f"is allowed ({found.reason})"
+    )

@@ -52,7 +52,7 @@ def served(store: kvkern.Store, digest: str, model: PreTrainedModel, tokens: int
     ("tokens", "of"), [(1, 1), (1, 300), (2, 2), (15, 15), (64, 64), (65, 65), (65, 300), (128, 128), (1100, 1300)]
 )
 def test_bits_recompute__an_honest_document(kind: str, tokens: int, of: int, store: kvkern.Store) -> None:
-    """Published by eager itself, by kvkern, and by the patched model; opened by a model of sdpa, and by a patched one."""
+    """Published by eager itself and by kvkern; opened by a model of sdpa, and by a patched one."""
     ids, model = ids_of(of), tiny(kind)
     digests = {store.publish(model, ids, attention="model").digest, store.publish(model, ids).digest}
     model.set_attn_implementation("sdpa")
