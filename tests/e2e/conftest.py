@@ -27,7 +27,7 @@ def attach(tmp_path: Path) -> Callable[[Subject, list[int]], Prefix]:
     def publish_and_open(who: Subject, doc: list[int]) -> Prefix:
         store = kvkern.Store(tmp_path / "store")
         kvkern.unpatch(who.model)
-        done = store.publish(who.model, doc)
+        done = store.publish(who.model, doc, attention="model")
         kvkern.patch(who.model)
         return store.open(done.digest, who.model)
 

@@ -47,11 +47,19 @@ def test_bits_store__kv_read_back_is_what_stock_computed(who, attach, doc_tokens
         assert differing(own_v, cache.layers[layer].values[0]) == 0
 
 
-def test_bits_publish__patched_model_publishes_the_same_kv(who, attach, tmp_path) -> None:
+@pytest.mark.parametrize("attention", ["kvkern", "eager", "sdpa"])
+def test_bits_publish__every_model_publishes_stock_eagers_kv(who, attach, tmp_path, attention: str) -> None:
+    """Patched, loaded with eager, and as from_pretrained gives it: one document's KV."""
     doc = who.doc(1100)
     stock = attach(who, doc).document
-    done = kvkern.Store(tmp_path / "store").publish(who.model, doc)
-    own = kvkern.Store(tmp_path / "store").open(done.digest, who.model).document
+    if attention != "kvkern":
+        kvkern.unpatch(who.model)
+        who.model.set_attn_implementation(attention)
+    store = kvkern.Store(tmp_path / "store")
+    done = store.publish(who.model, doc)
+    assert who.model.config._attn_implementation == attention
+    who.model.set_attn_implementation("eager")
+    own = store.open(done.digest, who.model).document
     for a, b in zip(stock.shards, own.shards, strict=True):
         assert differing(a.k, b.k) == 0 and differing(a.v, b.v) == 0
 

@@ -107,7 +107,7 @@ def read(model: PreTrainedModel, document: list[int], question: list[int], steps
     tokens, led = {}, {}
     with tempfile.TemporaryDirectory() as folder, tiles_of_sm90():
         store = kvkern.Store(folder)
-        done = store.publish(model, document)
+        done = store.publish(model, document, attention="model")
         cache = stock_cache(model, document)
         free, tokens["eager"] = _greedy(model, cache, document, question, steps)
         chunk = question + tokens["eager"][:-1]
