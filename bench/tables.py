@@ -30,6 +30,8 @@ LABELS = {
     "kvkern-publish": "kvkern prefill, packed and written",
     "first-open": "open, first in a process",
     "later-open": "open, later",
+    "recompute-open": "open, later, both ends computed again",
+    "model-checks": "what of an open is about the model: spec, and what no spec names",
     "next-reader": "one more reader of an open prefix",
     "read-file": "plain read into one buffer",
     "hash": "SHA-256 of the bytes in memory, two threads",

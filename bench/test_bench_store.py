@@ -16,7 +16,9 @@ from bench.rotation import REPLAYED, Cell, Variant, replay, rotate
 from bench.shapes import PREFIX_TOKENS, SHORT_TOKENS
 from kvkern import weights
 from kvkern.layout import shard
+from kvkern.model_patch import as_configured
 from kvkern.model_patch.computing import prefill
+from kvkern.model_patch.store import difference
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = REPLAYED
 _PREFILLS = ("eager-prefill", "sdpa-prefill", "kvkern-prefill", "kvkern-publish")
-_OPENS = ("first-open", "later-open", "next-reader")
+_OPENS = ("first-open", "later-open", "recompute-open", "model-checks", "next-reader")
 _EAGER_ROUNDS = {SHORT_TOKENS: 3, PREFIX_TOKENS: 1}
 
 
@@ -83,16 +85,26 @@ def _opens(prefix: kvkern.Prefix, store: kvkern.Store, question: list[int], info
     """Return the ways to attach: in a process that knows nothing yet, in one that does, and to an open prefix."""
 
     def forget() -> None:
-        weights._MODEL_DIGESTS.clear()
+        weights._DIGESTS.clear()
+        as_configured._expected_of.cache_clear()
         shard._VERIFIED.clear()
 
     def attach(_: int) -> None:
         store.open(prefix.digest, prefix.model).prepare(question)
 
+    def recompute(_: int) -> None:
+        store.open(prefix.digest, prefix.model, check="recompute").prepare(question)
+
+    def check_model(_: int) -> None:
+        difference(prefix.spec, prefix.model, None, None, contract=False)
+        as_configured.require_as_configured(prefix.model)
+
     info = info | {"document_bytes": prefix.spec.bytes_per_token * prefix.tokens}
     return [
         Variant("first-open", attach, forget, info),
         Variant("later-open", attach, None, info),
+        Variant("recompute-open", recompute, None, info),
+        Variant("model-checks", check_model, None, info),
         Variant("next-reader", lambda _: prefix.prepare(question), None, info),
     ]
 

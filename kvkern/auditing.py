@@ -14,6 +14,7 @@ from kvkern.contract import TILE_TOKENS
 from kvkern.errors import IntegrityError, LayoutError, SpecMismatchError
 from kvkern.layout import BLOCK_TILES, BLOCK_TOKENS, pack
 from kvkern.layout.shard import encode_shard
+from kvkern.model_patch.as_configured import require_as_configured
 from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.register import under_contract
 from kvkern.model_patch.store import Prefix, difference
@@ -108,7 +109,7 @@ def audit(
         LayoutError: `tokens` is not from 1 to the document's length.
         SpecMismatchError: the model is another than the document names; or its tables are: see `Store.rope_table`.
         IntegrityError: a token is beyond the model's vocabulary.
-        UnsupportedError: an operation of the model is outside the contract; it is named.
+        UnsupportedError: an operation of the model is outside the contract, or nothing names it; it is named.
 
     Bits:
         A verdict does not depend on the machine, on threads or on chunks: the contract fixes every operation.
@@ -141,6 +142,7 @@ def _require_same_model(prefix: Prefix, model: PreTrainedModel) -> None:
     found = difference(prefix.spec, model, None, prefix.spec.salt, contract=True)
     if found is not None:
         raise SpecMismatchError(*found)
+    require_as_configured(model)
     ids, vocabulary = prefix.document.token_ids(), model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= vocabulary:
         token = int((ids >= vocabulary).nonzero()[0])
