@@ -36,16 +36,17 @@ MOST_APART = 2.0**-21
 """Relative difference of a buffer's elements that two mathematical libraries or devices may make in fp32."""
 
 
-def require_as_configured(model: PreTrainedModel) -> None:
+def require_as_configured(model: PreTrainedModel, *, to_publish: bool = False) -> None:
     """Refuse a model that computes something which no field of a KVSpec names.
 
     Args:
+        to_publish: refuse frequencies of dynamic RoPE that an earlier, longer prompt has left, too.
         model: a causal LM, patched or not; adapters, quantisation, accelerate's placement, `torch.compile` are known.
 
     Raises:
         UnsupportedError: naming the module and the hook, forward, attribute or buffer.
     """
-    found = unnamed_change(model)
+    found = unnamed_change(model) or (_grown_rope(model) if to_publish else None)
     if found is not None:
         raise UnsupportedError(
             f"{found}: no field of the spec names that, so its KV would pass for another computation's. Undo it, or "
@@ -212,8 +213,6 @@ def _compare_config(module: nn.Module, expected: _Expected, root: PreTrainedMode
 
 def _compare_buffers(module: nn.Module, expected: _Expected) -> str | None:
     for name, value in expected.buffers.items():
-        if name == "inv_freq" and getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
-            continue  # a forward writes it; what it starts from is compared as original_inv_freq
         own = getattr(module, name, None)
         if own is None or own.shape != value.shape:
             return f".{name} is not what its configuration gives"
@@ -221,9 +220,39 @@ def _compare_buffers(module: nn.Module, expected: _Expected) -> str | None:
             return (
                 f".{name} is {own.dtype}, its configuration gives {value.dtype}: load the model with dtype=, not .to()"
             )
-        apart = (own.detach().cpu().double() - value.double()).abs() > MOST_APART * value.double().abs()
+        apart = _apart(own, value)
+        if bool(apart.any()) and name == "inv_freq" and (other := _rope_of_a_longer_prompt(module)) is not None:
+            apart = _apart(own, other)
         if bool(apart.any()):
             return f".{name} differs from its configuration's in {int(apart.sum())} of {value.numel()} elements"
+    return None
+
+
+def _apart(own: Tensor, value: Tensor) -> Tensor:
+    return (own.detach().cpu().double() - value.double()).abs() > MOST_APART * value.double().abs()
+
+
+def _rope_of_a_longer_prompt(module: nn.Module) -> Tensor | None:
+    """Return the frequencies that a forward writes over a rotary embedding's own, for the longest prompt so far."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = getattr(module, "rope_type", None)
+    if kind == "dynamic":
+        tokens = int(module.max_seq_len_cached)
+    elif kind == "longrope":
+        tokens = module.config.rope_parameters["original_max_position_embeddings"] + 1
+    else:
+        return None
+    return ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"), seq_len=tokens)[0]
+
+
+def _grown_rope(model: nn.Module) -> str | None:
+    """Find dynamic RoPE whose frequencies are those of an earlier prompt; longrope chooses anew in every forward."""
+    for name, module in model.named_modules():
+        if getattr(module, "rope_type", None) != "dynamic":
+            continue
+        if bool(_apart(module.inv_freq, module.original_inv_freq.cpu()).any()):
+            return f"{name} has the frequencies of an earlier prompt of {int(module.max_seq_len_cached)} tokens"
     return None
 
 

@@ -7,7 +7,7 @@ import functools
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from kvkern.model_patch.forwards import is_compile_wrapper, is_compiled, is_kvkern_forward, is_placement
+from kvkern.model_patch.forwards import is_compile_wrapper, is_kvkern_forward, is_placement
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 def attending_by(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     """Return a model that shares every weight with `model` and attends by `implementation`, not compiled.
 
-    Modules and configurations are copied, tensors are not, so threads may go on with `model` meanwhile. A model that
-    attends so already, and is not compiled, is returned as it is.
+    Modules and configurations are copied, tensors are not, so threads may go on with `model` meanwhile, and what a
+    forward leaves on modules, such as frequencies of dynamic RoPE, is not left on `model`.
 
     Args:
         model: whose forwards and hooks `as_configured` has accepted.
         implementation: a name of transformers' attention interface.
     """
-    is_plain = not any(map(is_compiled, model.modules()))
-    if is_plain and model.config._attn_implementation == implementation:
-        return model
     configs: dict[int, Any] = {}
     for module in model.modules():
         config = module.__dict__.get("config")

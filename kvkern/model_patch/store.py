@@ -108,12 +108,12 @@ class Store:
         ids = token_tensor(doc_ids, "doc_ids")[None]
         if producer == "contract":
             with under_contract(model):  # refuses before the weights are read
-                require_as_configured(model)
+                require_as_configured(model, to_publish=True)
                 spec = spec_of(model, producer=producer, salt=salt)
                 k, v = prefill(model, ids)
             self.blocks.put_table(require_trusted(model).to_bytes())
             return self.put(spec, ids, k, v, progress=progress)
-        require_as_configured(model)
+        require_as_configured(model, to_publish=True)
         require_no_dropout(model)
         publisher, attended_by = publisher_of(model, attention, ids.numel())
         spec = spec_of(model, salt=salt, attn_implementation=attended_by)

@@ -277,3 +277,23 @@ def test_spec__sliding_windows_do_not_share_a_spec_with_full_attention() -> None
         assert spec_of(other) != spec_of(full)
         with pytest.raises(UnsupportedError):
             kvkern.patch(other)
+
+
+def test_raises_publish__dynamic_rope_that_remembers_a_longer_prompt(store: kvkern.Store, doc: list[int]) -> None:
+    """Its frequencies depend on what the model has read before: KV of a document must not."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    arguments = {"rope_parameters": rope, "max_position_embeddings": 32}
+    model = tiny("llama", **arguments)
+    digest = store.publish(model, doc).digest  # by a twin, whose frequencies grow
+    assert store.publish(model, doc).digest == digest
+    with torch.no_grad():
+        model(torch.tensor([doc * 3]))
+    assert unnamed_change(model) is None  # a reader may go on
+    store.open(digest, model)
+    with pytest.raises(UnsupportedError, match="rotary_emb has the frequencies of an earlier prompt of 210 tokens"):
+        store.publish(model, doc)
+    model.model.rotary_emb.inv_freq.mul_(1.5)
+    with pytest.raises(UnsupportedError, match=r"rotary_emb\.inv_freq differs from its configuration's"):
+        store.open(digest, model)
+    fresh = tiny("llama", **arguments)
+    assert store.publish(fresh, doc, attention="model").tokens == len(doc)
