@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from kvkern.errors import UnsupportedError
-from kvkern.model_patch.forwards import is_compile_wrapper
+from kvkern.model_patch.forwards import is_compile_wrapper, package_of
 from kvkern.weights import cached_weights_digest
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _PROVENANCE = frozenset(
     """.split()  # noqa: SIM905 quoted one by one the names would be harder to read
 )
 _SIZES = ("training", "in_features", "out_features")
-_QUANTIZERS = frozenset(
+QUANTIZERS = frozenset(
     """
     aqlm auto_gptq auto_round autoawq awq bitsandbytes compressed_tensors eetq fbgemm_gpu gptqmodel hqq optimum quark
     spqr_quant torchao transformers vptq
@@ -112,7 +112,7 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
 
 def is_quantized(module: nn.Module, root: nn.Module) -> bool:
     """Tell whether a module is what a quantiser has put in a Linear's place, on a model whose spec names it."""
-    return type(module).__module__.partition(".")[0] in _QUANTIZERS and bool(quantization_of(root))
+    return package_of(type(module)) in QUANTIZERS and bool(quantization_of(root))
 
 
 def quantization_change(root: PreTrainedModel) -> str | None:

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from kvkern.errors import UnsupportedError
-from kvkern.model_patch.adapters import adapted_module, base_model, is_quantized, quantization_change
-from kvkern.model_patch.forwards import foreign_code, is_compile_wrapper
+from kvkern.model_patch.adapters import (
+    QUANTIZERS,
+    adapted_module,
+    base_model,
+    is_quantized,
+    quantization_change,
+    quantization_of,
+)
+from kvkern.model_patch.forwards import foreign_code, is_compile_wrapper, package_of
 from kvkern.model_patch.identity import computing_fields
 
 if TYPE_CHECKING:
@@ -57,7 +64,7 @@ def require_as_configured(model: PreTrainedModel, *, to_publish: bool = False) -
 def unnamed_change(model: PreTrainedModel) -> str | None:
     """Find the first thing that changes what a model computes and that its spec does not name, in words."""
     root = base_model(model)
-    found = foreign_code(model)
+    found = foreign_code(model, {package_of(type(root))} | (QUANTIZERS if quantization_of(root) else frozenset()))
     if found is not None:
         return found
     try:

@@ -24,8 +24,8 @@ _HARMLESS_HOOKS = frozenset(
         ("peft", "make_inputs_require_grad"),
     }
 )
-# What transformers, torch and the libraries that they call define may stand in a module's forward.
-_TRUSTED_PACKAGES = frozenset({"transformers", "torch", "accelerate", "peft", "bitsandbytes", "kvkern"})
+# Their modules and functions are known by the model's configuration and by the versions in use.
+_KNOWN_PACKAGES = frozenset({"transformers", "torch", "accelerate", "peft", "kvkern"})
 
 
 def kvkern_forward(function: Forward) -> Forward:
@@ -39,8 +39,12 @@ def is_kvkern_forward(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) in _OWN
 
 
-def foreign_code(model: nn.Module) -> str | None:
+def foreign_code(model: nn.Module, packages: frozenset[str] = frozenset()) -> str | None:
     """Find code that no spec names and that may change what a model computes.
+
+    Args:
+        model: the model.
+        packages: that may define modules of it, besides transformers, torch, accelerate and peft.
 
     Returns:
         Where and what, in words, for the first that is found; None when there is none. Hooks of transformers' output
@@ -54,7 +58,7 @@ def foreign_code(model: nn.Module) -> str | None:
         found = _foreign_on(module)
         if found is None and type(module) not in kinds:
             kinds.add(type(module))
-            found = _foreign_in_class(type(module))
+            found = _foreign_in_class(type(module), _KNOWN_PACKAGES | packages)
         if found is not None:
             return f"{type(model).__name__}{f'.{name}' if name else ''} has {found}"
     return None
@@ -120,20 +124,21 @@ def _is_placement_hook(hook: Any) -> bool:
 
 def _is_harmless(hook: Any) -> bool:
     """Tell whether a hook is transformers' output capture, or the one that checkpointing puts on embeddings."""
-    return isinstance(hook, FunctionType) and (_package(hook), hook.__name__) in _HARMLESS_HOOKS
+    return isinstance(hook, FunctionType) and (package_of(hook), hook.__name__) in _HARMLESS_HOOKS
 
 
-def _foreign_in_class(kind: type[nn.Module]) -> str | None:
-    """Find a forward, or a function that it calls, which another package has put into a class's module."""
+def _foreign_in_class(kind: type[nn.Module], packages: frozenset[str]) -> str | None:
+    """Find a class, a forward, or a function that it calls, which another package has put into the model's code."""
+    if package_of(kind) not in packages:
+        return f"the class {_name_of(kind)} of another package"
     owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
     function = _unwrapped(owner.__dict__["forward"])
     if function is None:
         return None
-    trusted = _TRUSTED_PACKAGES | {_package(owner)}
-    if _package(function) != _package(owner):
+    if package_of(function) != package_of(owner):
         return f"a forward that {_name_of(function)} has replaced in {owner.__name__}"
     for called in _functions_called(function):
-        if _package(called) not in trusted:
+        if package_of(called) not in packages:
             return f"a forward that calls {_name_of(called)}"
     return None
 
@@ -150,7 +155,8 @@ def _unwrapped(function: Any) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
-def _package(thing: Any) -> str:
+def package_of(thing: Any) -> str:
+    """Name the top-level package that defines a class or a function."""
     return (getattr(thing, "__module__", None) or "").partition(".")[0]
 
 

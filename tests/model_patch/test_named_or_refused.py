@@ -12,6 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 import kvkern
@@ -61,6 +62,10 @@ class Louder(modeling_qwen3.Qwen3MLP):
         return 2 * super().forward(x)
 
 
+def other_layer_class(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.__class__ = modeling_llama.LlamaMLP
+
+
 def module_class(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.__class__ = Louder
 
@@ -89,7 +94,8 @@ CHANGES: dict[Callable[[PreTrainedModel], None], str] = {
     pre_hook: r"layers\.0\.mlp has a forward hook",
     forward: r"layers\.0\.mlp has a forward of its own",
     layer_order: r"layers\.0\.self_attn\.layer_idx is 1, its configuration gives 0",
-    module_class: r"layers\.0\.mlp is a .*Louder, its configuration gives a .*Qwen3MLP",
+    module_class: r"layers\.0\.mlp has the class .*Louder of another package",
+    other_layer_class: r"layers\.0\.mlp is a .*LlamaMLP, its configuration gives a .*Qwen3MLP",
     parametrization: r"up_proj has a parametrization",
     config_of_one_layer: r"self_attn\.config attends by 'sdpa', the model's by 'eager'",
 }
@@ -119,7 +125,7 @@ def test_raises_stock__what_the_spec_cannot_name(change, store: kvkern.Store, do
         assert not line.is_usable and line.differences[0][0] == "computation" and line.differences[0][2] in line.reason
 
 
-@pytest.mark.parametrize("where", ["class", "function", "global"])
+@pytest.mark.parametrize("where", ["class", "function", "global", "module class"])
 def test_raises_stock__code_that_is_replaced_for_all_models(
     where: str, store: kvkern.Store, doc: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +143,9 @@ def test_raises_stock__code_that_is_replaced_for_all_models(
 
         monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", mine)
         named = r"a forward that calls .*mine"
+    elif where == "module class":
+        monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", Louder)
+        model, named = tiny("qwen3"), "the class .*Louder of another package"
     else:
         handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
         monkeypatch.callback = handle.remove  # kept alive
@@ -150,7 +159,7 @@ def test_raises_stock__code_that_is_replaced_for_all_models(
         if where == "global":
             handle.remove()
     monkeypatch.undo()
-    store.open(digest, model)
+    store.open(digest, tiny("qwen3"))
 
 
 def test_raises_open__weights_are_scaled_through_data(store: kvkern.Store, doc: list[int]) -> None:
