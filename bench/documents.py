@@ -8,11 +8,9 @@ import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import DynamicCache
 
 import kvkern
-from kvkern.layout import unpack
 from tests.support.models import Subject, smollm2
 
 if TYPE_CHECKING:
@@ -65,8 +63,7 @@ def attend_with(model: PreTrainedModel, implementation: str) -> None:
 
 def dense_kv(prefix: Prefix) -> tuple[Tensor, Tensor]:
     """Return a published document's K and V as stock has them, `[layers, kv_heads, n, head_dim]`."""
-    tiles = (torch.cat([getattr(shard, name) for shard in prefix.document.shards]) for name in "kv")
-    return unpack(*tiles, prefix.tokens)
+    return prefix.document.kv()
 
 
 def stock_cache(prefix: Prefix) -> DynamicCache:

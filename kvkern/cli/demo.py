@@ -15,7 +15,6 @@ from kvkern.cli.asking import QUESTION, ask, document_ids, question_rows
 from kvkern.environment import cpu_isa
 from kvkern.errors import LayoutError
 from kvkern.kernels import native
-from kvkern.layout import unpack
 from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.identity import spec_of
 from kvkern.model_patch.load import SMOLLM2, load_model
@@ -161,7 +160,7 @@ def run(root: Path, *, tokens: int, max_new_tokens: int, say: Say) -> Demo:
         questions=QUESTIONS,
         answers=answers,
         comparisons=(
-            _compare("K and V: read back from the store", _stored_kv(prefix), (k, v), is_computed=False),
+            _compare("K and V: read back from the store", prefix.document.kv(), (k, v), is_computed=False),
             _compare("K and V: document read by kvkern's attention", kvkern_kv, (k, v)),
             *logits.comparisons,
         ),
@@ -239,11 +238,6 @@ def _read(model: PreTrainedModel, ids: Tensor) -> Any:
     """Prefill as stock does, into the DynamicCache that transformers makes by itself."""
     with torch.inference_mode():
         return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-
-
-def _stored_kv(prefix: Prefix) -> tuple[Tensor, Tensor]:
-    shards = prefix.document.shards
-    return unpack(torch.cat([s.k for s in shards]), torch.cat([s.v for s in shards]), prefix.tokens)
 
 
 def _compare(what: str, mine: Sequence[Tensor], stock: Sequence[Tensor], *, is_computed: bool = True) -> Comparison:

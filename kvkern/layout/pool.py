@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvkern.contract import TILE_TOKENS
 from kvkern.errors import LayoutError
+from kvkern.layout.tiles import BLOCK_TILES, tiles_for, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +56,23 @@ class Document:
     def token_ids(self) -> Tensor:
         """Return the document's tokens, `[num_tokens]` int64, as the verified shards hold them."""
         return torch.cat([s.tokens.reshape(-1)[: s.count] for s in self.shards]).to(torch.int64)
+
+    def kv(self, first: int = 0, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Copy the K and V of some tokens out of their tiles.
+
+        Args:
+            first: the first token.
+            count: how many; None for all that follow.
+
+        Returns:
+            K and V, `[layers, kv_heads, count, head_dim]` bf16.
+        """
+        last = self.manifest.num_tokens if count is None else first + count
+        begin, tiles = first // TILE_TOKENS, range(first // TILE_TOKENS, tiles_for(last))
+        shards = [(self.shards[tile // BLOCK_TILES], tile % BLOCK_TILES) for tile in tiles]
+        k, v = (torch.stack([getattr(shard, part)[i] for shard, i in shards]) for part in "kv")
+        k, v = unpack(k, v, last - begin * TILE_TOKENS)
+        return k[:, :, first - begin * TILE_TOKENS :], v[:, :, first - begin * TILE_TOKENS :]
 
     def pool(self) -> MappedPool:
         """Return the pool over this document's blocks."""

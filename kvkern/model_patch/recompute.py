@@ -11,7 +11,6 @@ from torch import nn
 from kvkern.contract import KEY_RUN, TILE_TOKENS, stock_key_run
 from kvkern.environment import cpu_isa
 from kvkern.errors import KVMismatchError
-from kvkern.layout import BLOCK_TILES, unpack
 from kvkern.model_patch.adapters import base_model, quantization_of
 from kvkern.model_patch.attending import attending_by
 from kvkern.model_patch.computing import PARITY_TOKENS, prefill
@@ -123,7 +122,7 @@ def compare_distances(prefix: Prefix, model: PreTrainedModel, reason: str = "ask
     """
     worst = (0.0, 2 * LEAST_DISTANCE)
     for first, count in _ends(prefix.tokens):
-        served = stored_kv(prefix, first, count)
+        served = prefix.document.kv(first, count)
         eager = _recomputed(prefix, attending_by(model, "eager"), first, count)
         sdpa = eager
         if getattr(base_model(model), "_supports_sdpa", False):
@@ -142,18 +141,6 @@ def compare_distances(prefix: Prefix, model: PreTrainedModel, reason: str = "ask
                 )
             worst = max(worst, (distance, limit), key=lambda pair: pair[0] / pair[1])
     return Recomputed("distance", reason, _end_tokens(prefix.tokens), *worst)
-
-
-def stored_kv(prefix: Prefix, first: int, count: int) -> KV:
-    """Return the K and V of some tokens that a prefix serves, `[layers, kv_heads, count, head_dim]` bf16."""
-    tiles = range(first // TILE_TOKENS, -(-(first + count) // TILE_TOKENS))
-    k, v = (
-        torch.stack([getattr(prefix.document.shards[t // BLOCK_TILES], part)[t % BLOCK_TILES] for t in tiles])
-        for part in "kv"
-    )
-    start = first - tiles[0] * TILE_TOKENS
-    k, v = unpack(k, v, start + count)
-    return k[:, :, start:], v[:, :, start:]
 
 
 def _compare_stock_bits(prefix: Prefix, model: PreTrainedModel, reason: str) -> Recomputed:
@@ -178,7 +165,7 @@ def _compare_bits(prefix: Prefix, model: PreTrainedModel, run: int, reason: str)
 
 
 def _require_bits(prefix: Prefix, first: int, own: KV) -> None:
-    served = stored_kv(prefix, first, own[0].shape[2])
+    served = prefix.document.kv(first, own[0].shape[2])
     for part, mine, computed in zip("KV", served, own, strict=True):
         differ = mine.view(torch.int16) != computed.contiguous().view(torch.int16)
         if bool(differ.any()):
@@ -227,7 +214,7 @@ def _recomputed(prefix: Prefix, model: PreTrainedModel, first: int, count: int) 
     if first == 0:
         return _first_tokens(prefix, model, count)
     cache = DynamicCache(config=model.config)
-    k, v = (part.to(model.device) for part in stored_kv(prefix, 0, first))
+    k, v = (part.to(model.device) for part in prefix.document.kv(0, first))
     for layer in range(prefix.spec.num_layers):
         cache.update(k[layer][None], v[layer][None], layer)
     ids = prefix.token_ids[None, first : first + count].to(model.device)

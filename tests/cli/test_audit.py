@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.layout import unpack
 from tests.support.models import SMALL_QWEN3
 
 
@@ -50,9 +49,7 @@ def forged(store: Path, digest: str, model: Path) -> str:
     network, _ = load_model(str(model))
     opened = kvkern.Store(store)
     with opened.open(digest, network) as prefix:
-        tiles = (torch.cat([getattr(s, name) for s in prefix.document.shards]) for name in "kv")
-        k, v = unpack(*tiles, prefix.tokens)
-        v = v.clone()
+        k, v = prefix.document.kv()
         v.view(torch.int16)[2, 1, 77, 5] ^= 1
         return opened.put(prefix.spec, prefix.token_ids, k, v).digest
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.layout import unpack
 from kvkern.model_patch.store import Prefix, Store
 from tests.support.models import small_qwen3
 
@@ -60,8 +59,7 @@ class Forger:
         return self.open(self.store.put(self.spec, self.ids, k, v).digest), place
 
     def _dense(self, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
-        tiles = (torch.cat([getattr(shard, name) for shard in prefix.document.shards]) for name in "kv")
-        return unpack(*tiles, DOCUMENT_TOKENS)
+        return prefix.document.kv(0, DOCUMENT_TOKENS)
 
 
 @pytest.fixture(scope="module")

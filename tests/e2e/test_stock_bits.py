@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import kvkern
-from kvkern.layout import unpack
 from tests.support.bits import differing, sha256
 from tests.support.models import greedy, greedy_stock, stock_cache
 from tests.support.stock import needs_stock_order
@@ -40,8 +39,7 @@ def test_bits_store__kv_read_back_is_what_stock_computed(who, attach, doc_tokens
     doc = who.doc(doc_tokens)
     cache = stock_cache(who.model, doc)
     document = attach(who, doc).document
-    tiles = (torch.cat([getattr(shard, name) for shard in document.shards]) for name in ("k", "v"))
-    k, v = unpack(*tiles, doc_tokens)
+    k, v = document.kv()
     for layer, (own_k, own_v) in enumerate(zip(k, v, strict=True)):
         assert differing(own_k, cache.layers[layer].keys[0]) == 0
         assert differing(own_v, cache.layers[layer].values[0]) == 0

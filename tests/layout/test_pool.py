@@ -60,3 +60,11 @@ def test_raises_pool__nothing_to_map() -> None:
         stack_tables([])
     with pytest.raises(LayoutError, match=r"tables\[1\]"):
         stack_tables([torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2)])
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, None), (0, 1), (63, 2), (64, 64), (255, 2), (300, 299), (599, 1)])
+def test_document__kv_of_some_tokens(store: BlockStore, make: Callable[..., object], first: int, count: int) -> None:
+    sample = make(600)
+    last = 600 if count is None else first + count
+    for part, whole in zip(store.get(sample.put(store).digest).kv(first, count), (sample.k, sample.v), strict=True):
+        assert torch.equal(part.view(torch.int16), whole[:, :, first:last].view(torch.int16))

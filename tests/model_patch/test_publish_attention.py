@@ -29,14 +29,12 @@ def test_bits_publish__a_model_of_sdpa_has_eagers_bits(kind: str, store: kvkern.
     prefix = store.open(store.publish(model, doc).digest, model)
     assert prefix.spec.producer_info["attn_implementation"] == "kvkern"
     assert model.config._attn_implementation == "sdpa" and vars(model) == forward_before
-    from kvkern.model_patch.recompute import stored_kv
-
-    assert all(differing(a, b) == 0 for a, b in zip(stored_kv(prefix, 0, len(doc)), eager, strict=True))
+    assert all(differing(a, b) == 0 for a, b in zip(prefix.document.kv(), eager, strict=True))
     as_it_is = store.publish(model, doc, attention="model")
     assert as_it_is.digest != prefix.digest
     sdpa = store.open(as_it_is.digest, model)
     assert sdpa.spec.producer_info["attn_implementation"] == "sdpa"
-    assert any(differing(a, b) for a, b in zip(stored_kv(sdpa, 0, len(doc)), eager, strict=True))
+    assert any(differing(a, b) for a, b in zip(sdpa.document.kv(), eager, strict=True))
 
 
 def test_publish__patched_and_unpatched_share_a_digest(store: kvkern.Store, doc: list[int]) -> None:

@@ -108,7 +108,7 @@ def test_recompute__a_contract_document_has_its_bits_on_every_host(store: kvkern
     model = tiny("qwen3")
     digest = store.publish(model, doc, producer="contract").digest
     assert store.open(digest, model, check="recompute").recomputed.rule == "bits"
-    k, v = rules.stored_kv(store.open(digest, model), 0, len(doc))
+    k, v = store.open(digest, model).document.kv()
     k.view(torch.int16)[0, 0, 3, 0] ^= 1
     digest = store.put(store.open(digest, model).spec, doc, k, v).digest
     with pytest.raises(KVMismatchError, match="layer 0 at token 3"):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kvkern.errors import IntegrityError
-from kvkern.layout import BlockStore, unpack
+from kvkern.layout import BlockStore
 from kvkern.spec import KVSpec
 
 SPEC = KVSpec("5" * 64, "TinyForCausalLM", 1, 2, 1, 64, config={})
@@ -168,7 +168,7 @@ def check_bits(store: BlockStore, digest: str, ids: torch.Tensor, kv: torch.Tens
     """Assert that a document has the bits that were published."""
     found = store.get(digest)
     assert torch.equal(found.token_ids(), ids)
-    k, _ = unpack(torch.cat([s.k for s in found.shards]), torch.cat([s.v for s in found.shards]), ids.numel())
+    k, _ = found.kv()
     assert torch.equal(k.view(torch.int16), kv.view(torch.int16)), "wrong bits"
 
 

@@ -21,7 +21,6 @@ import kvkern
 from kvkern.contract import TILE_TOKENS
 from kvkern.kernels import fast_door
 from kvkern.kernels.launch_config import fast_config
-from kvkern.layout import unpack
 from kvkern.model_patch import attention as attention_module
 from kvkern.model_patch.store import Prefix
 from kvkern.view import KVView
@@ -209,8 +208,7 @@ def tiles_of_sm90() -> Iterator[None]:
 @contextmanager
 def compared(prefix: Prefix) -> Iterator[dict[str, torch.Tensor]]:
     """Compare every call of the patch's attention with fp64, and sdpa and eager on the same q, K and V."""
-    tiles = (torch.cat([getattr(shard, name) for shard in prefix.document.shards]) for name in "kv")
-    document = unpack(*tiles, prefix.tokens)
+    document = prefix.document.kv()
     counts = {way: torch.zeros(len(BINS), dtype=torch.int64) for way in ("fast", "sdpa", "eager")}
     launch = attention_module.launch
 
