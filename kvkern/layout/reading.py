@@ -65,6 +65,26 @@ def read_table(directory: Directory, digest: str) -> bytes:
     return data
 
 
+def require_distinct_blocks(directory: Directory, manifest: Manifest) -> None:
+    """Refuse a manifest that repeats a block: a block knows its place in its document, so it has one.
+
+    Cheap to tell before a block is opened, dear afterwards: a manifest may repeat one 60,000 times.
+
+    Raises:
+        IntegrityError: it does.
+    """
+    if len(set(manifest.blocks)) == len(manifest.blocks):
+        return
+    places: dict[str, int] = {}
+    for i, block_id in enumerate(manifest.blocks):
+        first = places.setdefault(block_id, i)
+        if first != i:
+            raise IntegrityError(
+                f"{directory.manifest_path(manifest.digest)}: blocks[{i}]: {block_id} is blocks[{first}] too, but a "
+                "block has one place. The manifest is wrong: remove the document, and publish it again."
+            )
+
+
 def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:
     """Map and verify all blocks of a document; see `BlockStore.get`.
 
@@ -72,6 +92,7 @@ def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: 
     half blocks each, not eight and seven. Python that runs beside two hashing threads costs them more than it takes
     alone, so headers are read when all bytes have been.
     """
+    require_distinct_blocks(directory, manifest)
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))]
     last = len(sizes) - 1
     begun: Future[Verification] = Future()
@@ -132,7 +153,9 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
     manifests: list[Manifest] = []
     for digest in digests:
         try:
-            manifests.append(read_manifest(directory, digest))
+            manifest = read_manifest(directory, digest)
+            require_distinct_blocks(directory, manifest)
+            manifests.append(manifest)
         except AccessError:  # proves nothing
             raise
         except RemovedError:

@@ -12,7 +12,7 @@ from kvkern.layout.files import read_regular, write_atomically
 from kvkern.layout.index import chain_keys, decode_index, encode_index, matched_tokens, token_tensor
 from kvkern.layout.leases import Holder
 from kvkern.layout.pool import Document
-from kvkern.layout.reading import map_blocks, read_manifest
+from kvkern.layout.reading import map_blocks, read_manifest, require_distinct_blocks
 from kvkern.layout.records import Explanation
 from kvkern.layout.shard import read_tokens
 from kvkern.layout.tiles import BLOCK_TOKENS
@@ -92,6 +92,7 @@ class Search:
     def _entry(self, digest: str) -> _Entry:
         if digest not in self._entries:
             manifest = read_manifest(self._directory, digest)
+            require_distinct_blocks(self._directory, manifest)
             self._entries[digest] = _Entry(self._directory, manifest, self._keys(manifest))
         return self._entries[digest]
 
