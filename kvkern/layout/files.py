@@ -142,29 +142,32 @@ def holds(path: Path, what: str, data: bytes) -> bool:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data` or stay as it was; its folder is created, the caller syncs it.
+def write_atomically(folder: int, name: str, data: bytes) -> None:
+    """Make a file hold `data` or stay as it was; the caller syncs its folder.
+
+    Args:
+        folder: the descriptor of its folder.
+        name: its name in there.
+        data: the bytes.
 
     Raises:
-        AccessError: the file system refused; no temporary file is left behind.
+        OSError: the file system refused; no temporary file is left behind.
     """
-    with accessing(path, "write"):
-        make_folder(path.parent)
-        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    temporary = f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=folder)
+    try:
         try:
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
 
 
 def is_being_written(temporary: Path, age_s: float) -> bool:
@@ -182,32 +185,6 @@ def is_being_written(temporary: Path, age_s: float) -> bool:
     except (ValueError, OverflowError, OSError):
         return False
     return True
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder when it is missing, and make its name durable."""
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        return
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable.
-
-    Raises:
-        AccessError: the file system refused.
-    """
-    with accessing(path, "fsync"):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
-                raise
-        finally:
-            os.close(fd)
 
 
 @contextmanager

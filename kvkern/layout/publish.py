@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from kvkern.errors import LayoutError
-from kvkern.layout.files import DamagedFile, accessing, holds, make_folder, sync_folder, write_atomically
+from kvkern.layout.files import DamagedFile, holds
 from kvkern.layout.header import payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
@@ -33,6 +33,7 @@ def publish(
     for name, tensor in (("k", k), ("v", v)):
         require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
     _require_manifest_fits(spec, ids.numel())
+    directory.require_real_folders()
     k_tiles, v_tiles = pack(k, v)
 
     def encoded(i: int) -> bytes:
@@ -54,21 +55,21 @@ def _put_block(directory: Directory, data: bytes) -> tuple[str, bool]:
     path = directory.block_path(block_id)
     if _is_there(directory, path, "a block", data, block_id):
         return block_id, False
-    with directory.lock(exclusive=False), accessing(path, "write"):  # gc puts nothing in its place meanwhile
-        make_folder(path.parents[1])
-        write_atomically(path, data)
+    with directory.lock(exclusive=False):  # gc puts nothing in its place meanwhile
+        directory.write(path, data)
     return block_id, True
 
 
 def put_table(directory: Directory, data: bytes) -> str:
     """Keep a table; see `BlockStore.put_table`."""
+    directory.require_real_folders()
     digest = hashlib.sha256(data).hexdigest()
     path = directory.table_path(digest)
     if not _is_there(directory, path, "a table", data, digest):
-        with directory.lock(exclusive=False), accessing(path, "write"):
-            write_atomically(path, data)
-            sync_folder(path.parent)
-            sync_folder(directory.root)
+        with directory.lock(exclusive=False):
+            directory.write(path, data)
+            directory.sync(path.parent)
+            directory.sync(directory.root)
     return digest
 
 
@@ -79,14 +80,14 @@ def _commit(directory: Directory, manifest: Manifest, encoded: Callable[[int], b
     with directory.lock(exclusive=False):  # from here on gc neither looks nor moves
         for i, block_id in enumerate(manifest.blocks):
             if not os.path.lexists(directory.block_path(block_id)):  # gc met it before the manifest named it
-                write_atomically(directory.block_path(block_id), encoded(i))
+                directory.write(directory.block_path(block_id), encoded(i))
         # Names that others have made too: their maker may not yet have made them durable.
         folders = {directory.block_path(block_id).parent for block_id in manifest.blocks}
         for folder in (*folders, directory.root / "blocks", directory.root):
-            sync_folder(folder)
+            directory.sync(folder)
         if not is_there or not os.path.lexists(path):
-            write_atomically(path, data)
-        sync_folder(path.parent)
+            directory.write(path, data)
+        directory.sync(path.parent)
         directory.mark_healed(manifest.digest)
 
 

@@ -200,6 +200,6 @@ def _table_defects(directory: Directory, manifests: Sequence[Manifest]) -> list[
 def _quarantined(directory: Directory, damaged: DamagedFile) -> IntegrityError:
     try:
         done = directory.quarantine(damaged, wait=False)
-    except AccessError as error:
-        done = f"It could not be moved to quarantine now ({error.strerror}) and stays refused."
+    except LayoutError as error:  # refused by the file system, or a folder is a link
+        done = f"It could not be moved to quarantine now ({error}) and stays refused."
     return IntegrityError(f"{damaged}. {done}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kvkern.errors import AccessError, KvkernError, LayoutError
-from kvkern.layout.files import read_regular, write_atomically
+from kvkern.errors import KvkernError, LayoutError
+from kvkern.layout.files import read_regular
 from kvkern.layout.index import chain_keys, decode_index, encode_index, matched_tokens, token_tensor
 from kvkern.layout.leases import Holder
 from kvkern.layout.pool import Document
@@ -78,8 +78,8 @@ class Search:
         """Write a document's index file; a failure is a warning, because searches rebuild it."""
         path = self._directory.index_path(manifest.digest)
         try:
-            write_atomically(path, encode_index(manifest.digest, keys))
-        except AccessError as error:  # the document itself is published and safe
+            self._directory.write(path, encode_index(manifest.digest, keys))
+        except LayoutError as error:  # the document itself is published and safe
             warnings.warn(f"{path} could not be written ({error}); searches rebuild it", stacklevel=3)
 
     def _all(self) -> Iterator[_Entry]:
