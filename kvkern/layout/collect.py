@@ -14,11 +14,12 @@ from kvkern.errors import AccessError, KvkernError, LayoutError
 from kvkern.layout.files import (
     TEMPORARY,
     accessing,
+    has_digest,
     is_being_written,
     open_regular,
     read_regular,
-    sha256_of,
 )
+from kvkern.layout.header import MAX_SHARD_BYTES
 from kvkern.layout.leases import live_leases
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.records import Collected
@@ -183,7 +184,7 @@ class _Plan:
                 raise
             remedy = "Delete it" if path.parent.name == "removed" else "Publish the document again, or remove it"
             raise type(error)(
-                f"{path}: {error} Nothing is collected while a manifest cannot be read. {remedy}."
+                f"{path}: {str(error).rstrip('.')}. Nothing is collected while a manifest cannot be read. {remedy}."
             ) from None
 
     def _block_folders(self) -> list[str]:
@@ -223,6 +224,6 @@ def _is_whole(path: Path, block_id: str) -> bool:
     fd, _ = open_regular(path, "a block")
     try:
         with accessing(path, "read"):
-            return sha256_of(fd) == block_id
+            return has_digest(fd, block_id, MAX_SHARD_BYTES)
     finally:
         os.close(fd)

@@ -15,10 +15,10 @@ from kvkern.errors import AccessError, LayoutError
 from kvkern.layout.files import (
     TEMPORARY,
     accessing,
+    has_digest,
     locked,
     open_regular,
     read_regular,
-    sha256_of,
     write_atomically,
 )
 from kvkern.layout.folders import open_folder, sync_folder
@@ -197,7 +197,8 @@ class Directory:
     def quarantine(self, damaged: DamagedFile, *, wait: bool) -> str:
         """Take a file that is proven wrong out of readers' way, without deleting it.
 
-        It is read whole again first, alone with it: the file that was read may have been replaced or healed.
+        It is read whole again first, alone with it: the file that was read may have been replaced or healed. One that
+        is longer than it may be is not read.
 
         Args:
             damaged: names the file and what it should be.
@@ -218,7 +219,7 @@ class Directory:
             except FileNotFoundError:
                 return "It is gone meanwhile: try again."
             try:
-                if sha256_of(fd) == damaged.digest:
+                if has_digest(fd, damaged.digest, damaged.limit_bytes):
                     return "It has been replaced meanwhile: try again."
                 self.move(path, target)
                 if not os.path.samestat(info, os.lstat(target)):  # replaced between reading and moving: it goes back

@@ -26,20 +26,25 @@ _DAY_S = 86400.0
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
+class OversizedFile(LayoutError):
+    """A regular file is longer than any of its kind may be; it has not been read."""
+
+
 class DamagedFile(IntegrityError):
-    """A regular file was read whole, and its bytes are proven not to be those that its name promises.
+    """A regular file was read whole or is too long, which proves that its bytes are not those that its name promises.
 
     Attributes:
         path: the name under which it was read.
         digest: the SHA-256 that its name promises, 64 hex digits.
+        limit_bytes: a file that is longer cannot have that digest and be valid: it needs no reading.
     """
 
-    def __init__(self, message: str, path: Path, digest: str) -> None:
+    def __init__(self, message: str, path: Path, digest: str, limit_bytes: int) -> None:
         super().__init__(message)
-        self.path, self.digest = path, digest
+        self.path, self.digest, self.limit_bytes = path, digest, limit_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.path, self.digest)
+        return type(self), (str(self), self.path, self.digest, self.limit_bytes)
 
 
 @contextmanager
@@ -97,30 +102,33 @@ def read_regular(path: Path, what: str, limit_bytes: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        LayoutError: it is no regular file, or longer than `limit_bytes`.
+        LayoutError: it is no regular file, or (OversizedFile) longer than `limit_bytes`.
         AccessError: the file system refused.
     """
     fd, info = open_regular(path, what)
     try:
         parts, size = [], 0
         with accessing(path, "read"):
-            while size <= limit_bytes and (part := os.read(fd, limit_bytes + 1 - size)):
+            while max(info.st_size, size) <= limit_bytes and (part := os.read(fd, limit_bytes + 1 - size)):
                 parts.append(part)
                 size += len(part)
     finally:
         os.close(fd)
+    size = max(info.st_size, size)
     if size > limit_bytes:
-        raise LayoutError(f"{path}: size: {max(info.st_size, size)} bytes are over the limit of {limit_bytes}")
+        raise OversizedFile(f"{path}: size: {size} bytes are over the limit of {limit_bytes}")
     return b"".join(parts)
 
 
-def sha256_of(fd: int) -> str:
-    """Hash an open file from its beginning."""
-    digest, place = hashlib.sha256(), 0
-    while part := os.pread(fd, _STEP_BYTES, place):
-        digest.update(part)
+def has_digest(fd: int, digest: str, limit_bytes: int) -> bool:
+    """Tell whether an open file holds at most `limit_bytes` bytes with this SHA-256; a longer one is not read."""
+    sha256, place = hashlib.sha256(), 0
+    if os.fstat(fd).st_size > limit_bytes:
+        return False
+    while place <= limit_bytes and (part := os.pread(fd, _STEP_BYTES, place)):
+        sha256.update(part)
         place += len(part)
-    return digest.hexdigest()
+    return place <= limit_bytes and sha256.hexdigest() == digest
 
 
 def holds(path: Path, what: str, data: bytes) -> bool:

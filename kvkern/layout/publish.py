@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from kvkern.errors import LayoutError
 from kvkern.layout.files import DamagedFile, holds
-from kvkern.layout.header import payload_bytes
+from kvkern.layout.header import MAX_PAYLOAD_BYTES, payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
+from kvkern.layout.reading import MAX_TABLE_BYTES
 from kvkern.layout.records import Published
 from kvkern.layout.shard import encode_shard
 from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, blocks_for, pack, require_finite_kv
@@ -32,7 +33,7 @@ def publish(
     """Write the blocks that are missing, then the manifest; see `BlockStore.put`."""
     for name, tensor in (("k", k), ("v", v)):
         require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
-    _require_manifest_fits(spec, ids.numel())
+    _require_readable(spec, ids.numel())
     directory.require_real_folders()
     k_tiles, v_tiles = pack(k, v)
 
@@ -62,6 +63,8 @@ def _put_block(directory: Directory, data: bytes) -> tuple[str, bool]:
 
 def put_table(directory: Directory, data: bytes) -> str:
     """Keep a table; see `BlockStore.put_table`."""
+    if len(data) > MAX_TABLE_BYTES:
+        raise LayoutError(f"this model has a table of {len(data)} bytes, over the limit of {MAX_TABLE_BYTES}")
     directory.require_real_folders()
     digest = hashlib.sha256(data).hexdigest()
     path = directory.table_path(digest)
@@ -98,11 +101,16 @@ def _is_there(directory: Directory, path: Path, what: str, data: bytes, digest: 
             return True
     except FileNotFoundError:
         return False
-    directory.quarantine(DamagedFile(f"{path}: SHA-256: not what the name promises", path, digest), wait=True)
+    damaged = DamagedFile(f"{path}: SHA-256: not what the name promises", path, digest, len(data))
+    directory.quarantine(damaged, wait=True)
     return False
 
 
-def _require_manifest_fits(spec: KVSpec, num_tokens: int) -> None:
+def _require_readable(spec: KVSpec, num_tokens: int) -> None:
+    """Refuse what every reader would refuse."""
+    size = payload_bytes(spec, min(num_tokens, BLOCK_TOKENS))
+    if size > MAX_PAYLOAD_BYTES:
+        raise LayoutError(f"spec makes blocks of {size} bytes, over the limit of {MAX_PAYLOAD_BYTES}")
     size = len(Manifest(spec, num_tokens, ("0" * 64,) * blocks_for(num_tokens)).to_bytes())
     if size > MAX_MANIFEST_BYTES:
         raise LayoutError(

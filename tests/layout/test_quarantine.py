@@ -36,7 +36,9 @@ def damage(path: Path) -> bytes:
 def test_quarantine__a_file_that_was_healed_meanwhile_stays(store: BlockStore, make: Make) -> None:
     digest = make(300).put(store).digest
     path = store.manifest_path(digest)
-    said = store.directory.quarantine(DamagedFile("read a moment ago, and wrong then", path, digest), wait=True)
+    said = store.directory.quarantine(
+        DamagedFile("read a moment ago, and wrong then", path, digest, 1 << 22), wait=True
+    )
     assert "replaced meanwhile" in said and store.get(digest) and quarantined(store) == []
 
 
@@ -175,7 +177,7 @@ def test_store__a_relative_path_means_the_same_place_for_ever(
     [
         AccessError("store/file", "open", OSError(errno.EMFILE, "Too many open files")),
         SpecMismatchError("dtype", "bfloat16", "float32"),
-        DamagedFile("wrong bytes", Path("store/file"), "0" * 64),
+        DamagedFile("wrong bytes", Path("store/file"), "0" * 64, 1 << 22),
     ],
     ids=lambda error: type(error).__name__,
 )
