@@ -119,7 +119,8 @@ class Directory:
         """
         with self.folder(source.parent) as old, self.folder(target.parent, create=True) as new:
             if touch:
-                os.utime(source.name, dir_fd=old, follow_symlinks=False)
+                with contextlib.suppress(PermissionError):  # another user's file: renaming it renews its ctime
+                    os.utime(source.name, dir_fd=old, follow_symlinks=False)
             os.rename(source.name, target.name, src_dir_fd=old, dst_dir_fd=new)
 
     def delete(self, path: Path) -> None:

@@ -23,6 +23,7 @@ TEMPORARY = ".tmp-"
 
 _STEP_BYTES = 1 << 20
 _DAY_S = 86400.0
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -156,13 +157,13 @@ def write_atomically(folder: int, name: str, data: bytes) -> None:
     Args:
         folder: the descriptor of its folder.
         name: its name in there.
-        data: the bytes.
+        data: the bytes; everybody may read and write them whom the umask allows.
 
     Raises:
         OSError: the file system refused; no temporary file is left behind.
     """
     temporary = f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=folder)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
     try:
         try:
             view = memoryview(data)
@@ -221,7 +222,7 @@ def _lock(path: Path, how: int) -> tuple[int, bool]:
     """Open and lock the file that has this name, not one that had it."""
     while True:
         with accessing(path, "lock"):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            fd = _open_lock(path)
             try:
                 try:
                     fcntl.flock(fd, how)
@@ -237,3 +238,17 @@ def _lock(path: Path, how: int) -> tuple[int, bool]:
                 os.close(fd)
                 raise
             os.close(fd)
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file, which is created when missing; one that others may not write is only read.
+
+    A local file system locks either. NFS wants a file that is open for writing where the lock is exclusive.
+    """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        if error.errno not in _READ_ONLY or not os.path.lexists(path):
+            raise
+    return os.open(path, os.O_RDONLY | flags)

@@ -118,7 +118,7 @@ class Leases:
             accessing(path, "create"),
             self._directory.folder(folder, create=True) as parent,
         ):
-            fd = os.open(path.name, flags, 0o644, dir_fd=parent)
+            fd = os.open(path.name, flags, 0o666, dir_fd=parent)
             with contextlib.suppress(OSError):  # without locks gc refuses to run
                 fcntl.flock(fd, fcntl.LOCK_EX)
         weakref.finalize(self, _drop, self._directory, fd, path, os.getpid())
