@@ -56,8 +56,8 @@ class Audit:
     """What an audit found.
 
     Attributes:
-        ok: no difference was found; None for a document of producer `stock`, which promises no bits: then this is a
-            report and no verdict.
+        ok: no difference was found; None unless the document's producer is `contract`, because no other promises bits:
+            then this is a report and no verdict.
         is_verdict: every token was recomputed from the tokens alone; else a spot check.
         tokens: tokens of the document.
         checked: tokens that were compared.
@@ -128,7 +128,7 @@ def audit(
     spec = prefix.spec
     checked = count if tokens is None else tokens
     return Audit(
-        ok=None if spec.producer == "stock" else not found,
+        ok=not found if spec.producer == "contract" else None,
         is_verdict=tokens is None,
         tokens=count,
         checked=checked,

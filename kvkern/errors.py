@@ -94,5 +94,6 @@ def _remedy(error: OSError) -> str:
         errno.EIO: "The device failed to read or write; the file was left in place, try again.",
         errno.ENOMEM: "The system gave no memory, or no more mappings (sysctl vm.max_map_count); then try again.",
         errno.EWOULDBLOCK: "Another process holds the store's lock; try again.",
+        errno.ELOOP: "It must not be a link: put the file itself in its place, then try again.",
         errno.EXDEV: "The store's folders must lie on one file system.",
     }.get(error.errno or 0, "The file was left in place; try again.")

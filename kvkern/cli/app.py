@@ -19,7 +19,7 @@ from kvkern.errors import IntegrityError, KvkernError, KVMismatchError, LayoutEr
 if TYPE_CHECKING:
     from kvkern.layout import BlockStore
 
-USER_ERROR, INTEGRITY_ERROR = 1, 2
+USER_ERROR, INTEGRITY_ERROR, NO_VERDICT = 1, 2, 3
 ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 _EXTRAS = {"gguf": "demo", "accelerate": "demo", "transformers": "hf"}
 # typer carries its own click, whose exceptions it does not export.
@@ -27,7 +27,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 class _Commands(TyperGroup):
-    """Turn errors into one message on stderr and an exit code: 1 for the user's, 2 for damaged bytes."""
+    """Turn errors into one message on stderr and an exit code: 1 for the user's, 2 for damaged bytes or bits."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _exit_codes():
@@ -74,7 +74,8 @@ def complain(text: str) -> None:
 app = typer.Typer(
     cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Compute a document's KV cache once, publish it, and let any number of readers attend to it in place.",
-    epilog="Exit codes: 0 fine, 1 your input, 2 damaged bytes or bits that differ.",
+    epilog="Exit codes: 0 fine, 1 your input, 2 damaged bytes or bits that differ, 3 no verdict (audit of a document "
+    "that promises no bits).",
 )  # fmt: skip
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the store.")]

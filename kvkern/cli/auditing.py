@@ -12,11 +12,13 @@ import kvkern
 from kvkern.cli.app import (
     DEFAULT_STORE,
     INTEGRITY_ERROR,
+    NO_VERDICT,
     DigestArgument,
     FormatOption,
     SaltOption,
     StoreOption,
     app,
+    complain,
     existing,
     fail,
 )
@@ -47,7 +49,7 @@ def audit(
     """Recompute a document under the numeric contract and compare bits; exit code 2 if any differs.
 
     --all is the verdict: one prefill of the stored tokens. --tokens N is a spot check: it can miss a forgery, and says
-    how likely.
+    how likely. A document of producer stock promises no bits: it gets a report, no verdict, and exit code 3.
 
     Example: kvkern audit 3f9a2c71 --model smollm2
     """
@@ -78,7 +80,13 @@ def audit(
     rows = [dataclasses.astuple(difference) for difference in found.differences]
     parts: list[Any] = [fields(_view(found, prefix.digest, made_by, seconds))]
     print_result(output, data, *parts, *([table(headers, rows)] if rows else []))
-    if found.ok is False:
+    if found.ok is None:
+        complain(
+            f"no verdict: producer {made_by!r} promises no bits; {found.differing:,} of {found.elements:,} elements "
+            "differ from what the contract computes. Publish with --producer contract what an audit is to prove."
+        )
+        raise typer.Exit(NO_VERDICT)
+    if not found.ok:
         first = found.differences[0]
         fail(
             f"{prefix.digest[:16]}: the stored KV is not what this model computes from the stored tokens: first at "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from kvkern.errors import KvkernError, LayoutError
 from kvkern.layout.collect import collect
 from kvkern.layout.directory import Directory
-from kvkern.layout.files import accessing, make_folder, sync_folder
+from kvkern.layout.files import accessing
 from kvkern.layout.index import chain_keys, common_tokens, token_tensor
 from kvkern.layout.leases import Holder, Leases
 from kvkern.layout.pool import Document
@@ -22,6 +21,7 @@ from kvkern.layout.search import Search
 from kvkern.spec import KVSpec
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -41,7 +41,8 @@ class BlockStore:
         root: the directory, created when missing.
 
     Raises:
-        LayoutError: `root` holds other files, or a store of another format.
+        LayoutError: `root` holds other files, or a store of another format; where a method changes the store: a folder
+            of it is a link (`root` may be one).
         AccessError: the file system refused, here and in every method; nothing is lost, call again.
 
     Example:
@@ -273,14 +274,12 @@ class BlockStore:
         full = self.resolve(digest)
         path, target = self.manifest_path(full), self.root / "removed" / f"{full}.json"
         with self.directory.lock(exclusive=False), accessing(path, "remove"):
-            make_folder(target.parent)
             try:
-                os.utime(path)  # gc counts the grace period from here
-                os.replace(path, target)
+                self.directory.move(path, target, touch=True)  # gc counts the grace period from here
             except FileNotFoundError:
                 raise RemovedError(f"{path}: file: the document has just been removed") from None
-        sync_folder(target.parent)
-        sync_folder(path.parent)
+        self.directory.sync(target.parent)
+        self.directory.sync(path.parent)
         return full
 
     def gc(self, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:

@@ -11,23 +11,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, KvkernError, LayoutError
-from kvkern.layout.directory import FOLDERS
 from kvkern.layout.files import (
     TEMPORARY,
     accessing,
+    has_digest,
     is_being_written,
-    make_folder,
     open_regular,
     read_regular,
-    sha256_of,
 )
+from kvkern.layout.header import MAX_SHARD_BYTES
 from kvkern.layout.leases import live_leases
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.records import Collected
 from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from kvkern.layout.directory import Directory
@@ -85,10 +83,8 @@ class _Plan:
 
     def mark(self) -> None:
         """Find out which blocks the documents need, or refuse to guess."""
+        self.directory.require_real_folders()
         published = self.directory.digests()
-        linked = [name for name in FOLDERS if os.path.islink(self.directory.root / name)]
-        if linked:
-            raise LayoutError(f"{self.directory.root}/{linked[0]}: file type: gc works in no folder that is a link")
         if self._block_folders() and not os.path.isdir(self.directory.root / "manifests"):
             raise LayoutError(
                 f"{self.directory.root}/manifests: folder: missing, though there are blocks, so what they belong to is "
@@ -114,14 +110,15 @@ class _Plan:
             else:
                 self.delete_others.append(path)
         for path in self._paths("index"):
-            if is_digest(path.name.removesuffix(".json")) and path.name.removesuffix(".json") not in published:
+            digest = path.name.removesuffix(".json")
+            if is_digest(digest) and digest not in published and self._is_file(path):
                 self.delete_others.append(path)
 
     def condemned(self) -> None:
         """Second phase: what an earlier run has set aside goes, or goes back."""
         for path in self._paths("condemned"):
             block_id = path.name.removesuffix(_SUFFIX)
-            if not is_digest(block_id):
+            if not is_digest(block_id) or not self._is_file(path):
                 continue
             is_back = os.path.lexists(self.directory.block_path(block_id))  # published again meanwhile
             if block_id in self.needed and not is_back:
@@ -152,15 +149,13 @@ class _Plan:
         """Change the store; folders are not synced, because a change that is lost is made again by the next run."""
         for path in self.restore:
             block_id = path.name.removesuffix(_SUFFIX)
-            is_whole = _sha256(path) == block_id
-            _move(path, self.directory.block_path(block_id) if is_whole else self._quarantine(path))
+            self._move(
+                path, self.directory.block_path(block_id) if _is_whole(path, block_id) else self._quarantine(path)
+            )
         for path in [*self.delete_others, *self.delete_blocks]:
-            with accessing(path, "delete"):
-                path.unlink(missing_ok=True)
+            self.directory.delete(path)
         for path in self.condemn:
-            with accessing(path, "touch"):
-                os.utime(path)  # the second grace period begins
-            _move(path, self.directory.root / "condemned" / path.name)
+            self._move(path, self.directory.root / "condemned" / path.name, touch=True)  # a second grace period begins
 
     def result(self, dry_run: bool) -> Collected:
         """Say what was done."""
@@ -189,15 +184,24 @@ class _Plan:
                 raise
             remedy = "Delete it" if path.parent.name == "removed" else "Publish the document again, or remove it"
             raise type(error)(
-                f"{path}: {error} Nothing is collected while a manifest cannot be read. {remedy}."
+                f"{path}: {str(error).rstrip('.')}. Nothing is collected while a manifest cannot be read. {remedy}."
             ) from None
 
     def _block_folders(self) -> list[str]:
         return [f"blocks/{name}" for name in self.directory.names("blocks") if re.fullmatch(r"[0-9a-f]{2}", name)]
 
-    def _paths(self, folder: str) -> Iterator[Path]:
-        names = self.directory.names(folder)
-        return (self.directory.root / folder / name for name in names)
+    def _paths(self, name: str) -> list[Path]:
+        """List a folder, an absent one as empty, and never the folder that a link names."""
+        path = self.directory.root / name
+        try:
+            with self.directory.folder(path) as folder, accessing(path, "list"):
+                return [path / name for name in sorted(os.listdir(folder))]
+        except FileNotFoundError:
+            return []
+
+    def _move(self, source: Path, target: Path, *, touch: bool = False) -> None:
+        with accessing(source, f"move to {target.parent.name}"):
+            self.directory.move(source, target, touch=touch)
 
     def _age_s(self, path: Path) -> float:
         """Seconds since a regular file was last touched; -1 for what is gone, or is something else: leave it alone."""
@@ -209,20 +213,17 @@ class _Plan:
             raise AccessError(path, "stat", error) from None
         return max(0.0, self.now - max(info.st_mtime, info.st_ctime)) if stat.S_ISREG(info.st_mode) else -1.0
 
+    def _is_file(self, path: Path) -> bool:
+        return self._age_s(path) >= 0
+
     def _is_old(self, path: Path) -> bool:
         return self._age_s(path) >= self.grace_s
 
 
-def _sha256(path: Path) -> str:
+def _is_whole(path: Path, block_id: str) -> bool:
     fd, _ = open_regular(path, "a block")
     try:
         with accessing(path, "read"):
-            return sha256_of(fd)
+            return has_digest(fd, block_id, MAX_SHARD_BYTES)
     finally:
         os.close(fd)
-
-
-def _move(source: Path, target: Path) -> None:
-    with accessing(source, f"move to {target.parent.name}"):
-        make_folder(target.parent)
-        os.rename(source, target)

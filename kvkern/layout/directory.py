@@ -15,18 +15,18 @@ from kvkern.errors import AccessError, LayoutError
 from kvkern.layout.files import (
     TEMPORARY,
     accessing,
+    has_digest,
     locked,
-    make_folder,
     open_regular,
     read_regular,
-    sha256_of,
-    sync_folder,
     write_atomically,
 )
+from kvkern.layout.folders import open_folder, sync_folder
 from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from kvkern.layout.files import DamagedFile
 
@@ -79,6 +79,74 @@ class Directory:
         names = (name.removesuffix(".json") for name in self.names("manifests") if name.endswith(".json"))
         return sorted(filter(is_digest, names))
 
+    def folder(self, path: Path, *, create: bool = False) -> AbstractContextManager[int]:
+        """Open a folder of the store that is going to be changed; see `open_folder`."""
+        return open_folder(self.root, path, create=create)
+
+    def require_real_folders(self) -> None:
+        """Refuse a store in which a folder is a link, before anything is changed.
+
+        Raises:
+            LayoutError: one is; the message names it.
+        """
+        with accessing(self.root, "list"), os.scandir(self.root) as entries:
+            wrong = [e.name for e in entries if e.name in FOLDERS and not e.is_dir(follow_symlinks=False)]
+        for name in wrong:
+            with self.folder(self.root / name):  # which says what it is
+                pass
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Make a file of the store hold `data` or stay as it was; its folder is created, the caller syncs it.
+
+        Raises:
+            LayoutError: a folder is a link.
+            AccessError: the file system refused; no temporary file is left behind.
+        """
+        with accessing(path, "write"), self.folder(path.parent, create=True) as folder:
+            write_atomically(folder, path.name, data)
+
+    def move(self, source: Path, target: Path, *, touch: bool = False) -> None:
+        """Rename a file of the store; the target's folder is created, and nothing is synced.
+
+        Args:
+            source: the file.
+            target: its new name; a file of that name is replaced.
+            touch: let its age, of which gc takes account, begin now.
+
+        Raises:
+            OSError: the file system refused.
+            LayoutError: a folder is a link.
+        """
+        with self.folder(source.parent) as old, self.folder(target.parent, create=True) as new:
+            if touch:
+                with contextlib.suppress(PermissionError):  # another user's file: renaming it renews its ctime
+                    os.utime(source.name, dir_fd=old, follow_symlinks=False)
+            os.rename(source.name, target.name, src_dir_fd=old, dst_dir_fd=new)
+
+    def delete(self, path: Path) -> None:
+        """Delete a file of the store, if it is there.
+
+        Raises:
+            LayoutError: a folder is a link.
+            AccessError: the file system refused.
+        """
+        with (
+            accessing(path, "delete"),
+            contextlib.suppress(FileNotFoundError),
+            self.folder(path.parent) as folder,
+        ):
+            os.unlink(path.name, dir_fd=folder)
+
+    def sync(self, folder: Path) -> None:
+        """Make the names in a folder of the store durable.
+
+        Raises:
+            LayoutError: it is a link.
+            AccessError: the file system refused.
+        """
+        with accessing(folder, "fsync"), self.folder(folder) as fd:
+            sync_folder(fd)
+
     def names(self, folder: str) -> list[str]:
         """List a folder of the store, an absent one as empty."""
         path = self.root / folder
@@ -130,7 +198,8 @@ class Directory:
     def quarantine(self, damaged: DamagedFile, *, wait: bool) -> str:
         """Take a file that is proven wrong out of readers' way, without deleting it.
 
-        It is read whole again first, alone with it: the file that was read may have been replaced or healed.
+        It is read whole again first, alone with it: the file that was read may have been replaced or healed. One that
+        is longer than it may be is not read.
 
         Args:
             damaged: names the file and what it should be.
@@ -141,6 +210,7 @@ class Directory:
 
         Raises:
             AccessError: it cannot be moved.
+            LayoutError: its folder, or quarantine, is a link.
         """
         path, name = damaged.path, f"{damaged.path.name}.{secrets.token_hex(4)}"
         target = self.root / "quarantine" / name
@@ -150,12 +220,11 @@ class Directory:
             except FileNotFoundError:
                 return "It is gone meanwhile: try again."
             try:
-                if sha256_of(fd) == damaged.digest:
+                if has_digest(fd, damaged.digest, damaged.limit_bytes):
                     return "It has been replaced meanwhile: try again."
-                make_folder(target.parent)
-                os.rename(path, target)
+                self.move(path, target)
                 if not os.path.samestat(info, os.lstat(target)):  # replaced between reading and moving: it goes back
-                    os.rename(target, path)
+                    self.move(target, path)
                     return "It has been replaced meanwhile: try again."
             finally:
                 os.close(fd)
@@ -176,7 +245,7 @@ class Directory:
             if re.fullmatch(rf"{digest}\.json\.[0-9a-f]+", name):
                 path = self.root / "quarantine" / name
                 with accessing(path, "rename"), contextlib.suppress(FileNotFoundError):  # another publisher was faster
-                    os.rename(path, path.with_name(f"{name}.healed"))
+                    self.move(path, path.with_name(f"{name}.healed"))
 
     def _check_marker(self) -> None:
         marker = self.root / "format"
@@ -186,9 +255,10 @@ class Directory:
             strange = {n for n in self.names(".") if not n.startswith(TEMPORARY)} - {"format", "lock", *FOLDERS}
             if strange:
                 raise LayoutError(f"{self.root}: not a kvkern store; give a new or an empty directory") from None
-            write_atomically(marker, FORMAT.encode())
-            sync_folder(self.root)
-            sync_folder(self.root.parent)
+            self.write(marker, FORMAT.encode())
+            self.sync(self.root)
+            with accessing(self.root.parent, "fsync"), open_folder(self.root.parent, self.root.parent) as parent:
+                sync_folder(parent)
             return
         found = data.decode(errors="replace").strip()
         if found == FORMAT:
@@ -200,6 +270,6 @@ class Directory:
             )
         warnings.warn(f"{marker}: damaged ({found[:64]!r}), rebuilt as {FORMAT!r}", stacklevel=4)
         try:
-            write_atomically(marker, FORMAT.encode())
+            self.write(marker, FORMAT.encode())
         except AccessError as error:
             warnings.warn(f"{marker}: could not be rebuilt ({error.strerror}); ignored", stacklevel=4)

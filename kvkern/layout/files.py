@@ -23,23 +23,29 @@ TEMPORARY = ".tmp-"
 
 _STEP_BYTES = 1 << 20
 _DAY_S = 86400.0
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
+class OversizedFile(LayoutError):
+    """A regular file is longer than any of its kind may be; it has not been read."""
+
+
 class DamagedFile(IntegrityError):
-    """A regular file was read whole, and its bytes are proven not to be those that its name promises.
+    """A regular file was read whole or is too long, which proves that its bytes are not those that its name promises.
 
     Attributes:
         path: the name under which it was read.
         digest: the SHA-256 that its name promises, 64 hex digits.
+        limit_bytes: a file that is longer cannot have that digest and be valid: it needs no reading.
     """
 
-    def __init__(self, message: str, path: Path, digest: str) -> None:
+    def __init__(self, message: str, path: Path, digest: str, limit_bytes: int) -> None:
         super().__init__(message)
-        self.path, self.digest = path, digest
+        self.path, self.digest, self.limit_bytes = path, digest, limit_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.path, self.digest)
+        return type(self), (str(self), self.path, self.digest, self.limit_bytes)
 
 
 @contextmanager
@@ -97,30 +103,33 @@ def read_regular(path: Path, what: str, limit_bytes: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        LayoutError: it is no regular file, or longer than `limit_bytes`.
+        LayoutError: it is no regular file, or (OversizedFile) longer than `limit_bytes`.
         AccessError: the file system refused.
     """
     fd, info = open_regular(path, what)
     try:
         parts, size = [], 0
         with accessing(path, "read"):
-            while size <= limit_bytes and (part := os.read(fd, limit_bytes + 1 - size)):
+            while max(info.st_size, size) <= limit_bytes and (part := os.read(fd, limit_bytes + 1 - size)):
                 parts.append(part)
                 size += len(part)
     finally:
         os.close(fd)
+    size = max(info.st_size, size)
     if size > limit_bytes:
-        raise LayoutError(f"{path}: size: {max(info.st_size, size)} bytes are over the limit of {limit_bytes}")
+        raise OversizedFile(f"{path}: size: {size} bytes are over the limit of {limit_bytes}")
     return b"".join(parts)
 
 
-def sha256_of(fd: int) -> str:
-    """Hash an open file from its beginning."""
-    digest, place = hashlib.sha256(), 0
-    while part := os.pread(fd, _STEP_BYTES, place):
-        digest.update(part)
+def has_digest(fd: int, digest: str, limit_bytes: int) -> bool:
+    """Tell whether an open file holds at most `limit_bytes` bytes with this SHA-256; a longer one is not read."""
+    sha256, place = hashlib.sha256(), 0
+    if os.fstat(fd).st_size > limit_bytes:
+        return False
+    while place <= limit_bytes and (part := os.pread(fd, _STEP_BYTES, place)):
+        sha256.update(part)
         place += len(part)
-    return digest.hexdigest()
+    return place <= limit_bytes and sha256.hexdigest() == digest
 
 
 def holds(path: Path, what: str, data: bytes) -> bool:
@@ -142,29 +151,32 @@ def holds(path: Path, what: str, data: bytes) -> bool:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data` or stay as it was; its folder is created, the caller syncs it.
+def write_atomically(folder: int, name: str, data: bytes) -> None:
+    """Make a file hold `data` or stay as it was; the caller syncs its folder.
+
+    Args:
+        folder: the descriptor of its folder.
+        name: its name in there.
+        data: the bytes; everybody may read and write them whom the umask allows.
 
     Raises:
-        AccessError: the file system refused; no temporary file is left behind.
+        OSError: the file system refused; no temporary file is left behind.
     """
-    with accessing(path, "write"):
-        make_folder(path.parent)
-        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    temporary = f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    try:
         try:
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
 
 
 def is_being_written(temporary: Path, age_s: float) -> bool:
@@ -182,32 +194,6 @@ def is_being_written(temporary: Path, age_s: float) -> bool:
     except (ValueError, OverflowError, OSError):
         return False
     return True
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder when it is missing, and make its name durable."""
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        return
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable.
-
-    Raises:
-        AccessError: the file system refused.
-    """
-    with accessing(path, "fsync"):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
-                raise
-        finally:
-            os.close(fd)
 
 
 @contextmanager
@@ -236,7 +222,7 @@ def _lock(path: Path, how: int) -> tuple[int, bool]:
     """Open and lock the file that has this name, not one that had it."""
     while True:
         with accessing(path, "lock"):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            fd = _open_lock(path)
             try:
                 try:
                     fcntl.flock(fd, how)
@@ -252,3 +238,17 @@ def _lock(path: Path, how: int) -> tuple[int, bool]:
                 os.close(fd)
                 raise
             os.close(fd)
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file, which is created when missing; one that others may not write is only read.
+
+    A local file system locks either. NFS wants a file that is open for writing where the lock is exclusive.
+    """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        if error.errno not in _READ_ONLY or not os.path.lexists(path):
+            raise
+    return os.open(path, os.O_RDONLY | flags)

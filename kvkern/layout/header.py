@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 FORMAT = "kvkern-block-v1"
 ALIGNMENT_BYTES = 4096
 MAX_HEADER_BYTES = 65536
-MAX_SHARD_BYTES = 1 << 32
+MAX_PAYLOAD_BYTES = 1 << 32
+MAX_SHARD_BYTES = 8 + MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES
 MAX_TOKENS = 1 << 31
 
 
@@ -42,6 +43,11 @@ class Header:
 def payload_bytes(spec: KVSpec, count: int) -> int:
     """Bytes of ids, K and V behind the header of a shard of `count` tokens, padding included."""
     return tiles_for(count) * TILE_TOKENS * (4 + spec.bytes_per_token)
+
+
+def max_shard_bytes(spec: KVSpec, count: int) -> int:
+    """Size that no shard of `count` tokens of a spec is over, in bytes; only the header's length is free."""
+    return 8 + MAX_HEADER_BYTES + payload_bytes(spec, count)
 
 
 def block_metadata(spec_digest: str, first: int, count: int) -> str:
@@ -126,6 +132,8 @@ def parse_header(buffer: np.ndarray, path: Path, spec: KVSpec, size: int | None 
     for name, entry in expected.items():
         if not _same(header[name], entry):
             bad(name, header[name], entry)
+    if payload_bytes(spec, count) > MAX_PAYLOAD_BYTES:
+        bad("payload", payload_bytes(spec, count), f"at most {MAX_PAYLOAD_BYTES} bytes")
     end = 8 + length + payload_bytes(spec, count)
     size = len(buffer) if size is None else size
     if end != size:

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, LayoutError
-from kvkern.layout.files import accessing, make_folder, read_regular
+from kvkern.layout.files import accessing, open_regular, read_regular
 from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Leases:
                 except BaseException:
                     self._forget(digest)
                     raise
-        except AccessError as error:
-            if error.errno not in _READ_ONLY:
+        except LayoutError as error:
+            if not isinstance(error, AccessError) or error.errno not in _READ_ONLY:
                 warnings.warn(f"no lease on {digest}: {error}", stacklevel=3)
             return
         weakref.finalize(owner, self._release, digest, self._era).atexit = False
@@ -112,12 +112,16 @@ class Leases:
     def _open(self) -> int:
         folder = self._directory.root / "leases"
         path = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
-        with self._directory.lock(exclusive=False), accessing(path, "create"):  # gc must not meet it unlocked
-            make_folder(folder)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        with (
+            self._directory.lock(exclusive=False),  # gc must not meet it unlocked
+            accessing(path, "create"),
+            self._directory.folder(folder, create=True) as parent,
+        ):
+            fd = os.open(path.name, flags, 0o666, dir_fd=parent)
             with contextlib.suppress(OSError):  # without locks gc refuses to run
                 fcntl.flock(fd, fcntl.LOCK_EX)
-        weakref.finalize(self, _drop, fd, path, os.getpid())
+        weakref.finalize(self, _drop, self._directory, fd, path, os.getpid())
         return fd
 
 
@@ -155,17 +159,13 @@ def live_leases(directory: Directory, stale: list[Path]) -> Counter[str] | None:
         except (FileNotFoundError, LayoutError) as error:
             if isinstance(error, FileNotFoundError):
                 continue
-            warnings.warn(f"{error}; until its process ends nothing that was removed is collected", stacklevel=3)
+            warnings.warn(f"{error}; until it is gone, nothing that was removed is collected", stacklevel=3)
             return None
     return total
 
 
 def _is_held(path: Path) -> bool:
-    with accessing(path, "open"):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return False
+    fd, _ = open_regular(path, "a lease")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -189,8 +189,8 @@ def held_in(data: bytes, path: Path) -> Counter[str]:
     return +held
 
 
-def _drop(fd: int, path: Path, pid: int) -> None:
+def _drop(directory: Directory, fd: int, path: Path, pid: int) -> None:
     if os.getpid() == pid:  # a forked child has closed its own, and must not take its parent's lease away
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LayoutError):
             os.close(fd)
-            os.unlink(path)
+            directory.delete(path)

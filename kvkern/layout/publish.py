@@ -7,10 +7,11 @@ import os
 from typing import TYPE_CHECKING
 
 from kvkern.errors import LayoutError
-from kvkern.layout.files import DamagedFile, accessing, holds, make_folder, sync_folder, write_atomically
-from kvkern.layout.header import payload_bytes
+from kvkern.layout.files import DamagedFile, holds
+from kvkern.layout.header import MAX_PAYLOAD_BYTES, payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
+from kvkern.layout.reading import MAX_TABLE_BYTES
 from kvkern.layout.records import Published
 from kvkern.layout.shard import encode_shard
 from kvkern.layout.tiles import BLOCK_TILES, BLOCK_TOKENS, blocks_for, pack, require_finite_kv
@@ -32,7 +33,8 @@ def publish(
     """Write the blocks that are missing, then the manifest; see `BlockStore.put`."""
     for name, tensor in (("k", k), ("v", v)):
         require_finite_kv(name, tensor, (spec.num_layers, spec.num_kv_heads, ids.numel(), spec.head_dim))
-    _require_manifest_fits(spec, ids.numel())
+    _require_readable(spec, ids.numel())
+    directory.require_real_folders()
     k_tiles, v_tiles = pack(k, v)
 
     def encoded(i: int) -> bytes:
@@ -54,21 +56,23 @@ def _put_block(directory: Directory, data: bytes) -> tuple[str, bool]:
     path = directory.block_path(block_id)
     if _is_there(directory, path, "a block", data, block_id):
         return block_id, False
-    with directory.lock(exclusive=False), accessing(path, "write"):  # gc puts nothing in its place meanwhile
-        make_folder(path.parents[1])
-        write_atomically(path, data)
+    with directory.lock(exclusive=False):  # gc puts nothing in its place meanwhile
+        directory.write(path, data)
     return block_id, True
 
 
 def put_table(directory: Directory, data: bytes) -> str:
     """Keep a table; see `BlockStore.put_table`."""
+    if len(data) > MAX_TABLE_BYTES:
+        raise LayoutError(f"this model has a table of {len(data)} bytes, over the limit of {MAX_TABLE_BYTES}")
+    directory.require_real_folders()
     digest = hashlib.sha256(data).hexdigest()
     path = directory.table_path(digest)
     if not _is_there(directory, path, "a table", data, digest):
-        with directory.lock(exclusive=False), accessing(path, "write"):
-            write_atomically(path, data)
-            sync_folder(path.parent)
-            sync_folder(directory.root)
+        with directory.lock(exclusive=False):
+            directory.write(path, data)
+            directory.sync(path.parent)
+            directory.sync(directory.root)
     return digest
 
 
@@ -79,14 +83,14 @@ def _commit(directory: Directory, manifest: Manifest, encoded: Callable[[int], b
     with directory.lock(exclusive=False):  # from here on gc neither looks nor moves
         for i, block_id in enumerate(manifest.blocks):
             if not os.path.lexists(directory.block_path(block_id)):  # gc met it before the manifest named it
-                write_atomically(directory.block_path(block_id), encoded(i))
+                directory.write(directory.block_path(block_id), encoded(i))
         # Names that others have made too: their maker may not yet have made them durable.
         folders = {directory.block_path(block_id).parent for block_id in manifest.blocks}
         for folder in (*folders, directory.root / "blocks", directory.root):
-            sync_folder(folder)
+            directory.sync(folder)
         if not is_there or not os.path.lexists(path):
-            write_atomically(path, data)
-        sync_folder(path.parent)
+            directory.write(path, data)
+        directory.sync(path.parent)
         directory.mark_healed(manifest.digest)
 
 
@@ -97,11 +101,16 @@ def _is_there(directory: Directory, path: Path, what: str, data: bytes, digest: 
             return True
     except FileNotFoundError:
         return False
-    directory.quarantine(DamagedFile(f"{path}: SHA-256: not what the name promises", path, digest), wait=True)
+    damaged = DamagedFile(f"{path}: SHA-256: not what the name promises", path, digest, len(data))
+    directory.quarantine(damaged, wait=True)
     return False
 
 
-def _require_manifest_fits(spec: KVSpec, num_tokens: int) -> None:
+def _require_readable(spec: KVSpec, num_tokens: int) -> None:
+    """Refuse what every reader would refuse."""
+    size = payload_bytes(spec, min(num_tokens, BLOCK_TOKENS))
+    if size > MAX_PAYLOAD_BYTES:
+        raise LayoutError(f"spec makes blocks of {size} bytes, over the limit of {MAX_PAYLOAD_BYTES}")
     size = len(Manifest(spec, num_tokens, ("0" * 64,) * blocks_for(num_tokens)).to_bytes())
     if size > MAX_MANIFEST_BYTES:
         raise LayoutError(

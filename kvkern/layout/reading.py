@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvkern.errors import AccessError, IntegrityError, KvkernError, LayoutError
-from kvkern.layout.files import DamagedFile, read_regular
-from kvkern.layout.header import payload_bytes
+from kvkern.layout.files import DamagedFile, OversizedFile, read_regular
+from kvkern.layout.header import max_shard_bytes, payload_bytes
 from kvkern.layout.manifest import MAX_MANIFEST_BYTES, Manifest
 from kvkern.layout.parallel import in_parallel
 from kvkern.layout.records import Defect, Report
@@ -21,6 +21,7 @@ from kvkern.spec import is_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from kvkern.layout.directory import Directory
     from kvkern.layout.parallel import Progress
@@ -38,13 +39,9 @@ def read_manifest(directory: Directory, digest: str) -> Manifest:
     """Read one manifest by its full digest; see `BlockStore.manifest`."""
     path = directory.manifest_path(digest)
     try:
-        data = read_regular(path, "a manifest", MAX_MANIFEST_BYTES)
+        data = _read_named(directory, path, "a manifest", MAX_MANIFEST_BYTES, digest)
     except FileNotFoundError:
         raise RemovedError(f"{path}: file: the document has just been removed") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
-        raise _quarantined(directory, DamagedFile(text, path, digest))
     return Manifest.from_bytes(data, digest)
 
 
@@ -54,15 +51,43 @@ def read_table(directory: Directory, digest: str) -> bytes:
         raise LayoutError(f"table digest is {digest!r}; it must be 64 lower-case hex digits")
     path = directory.table_path(digest)
     try:
-        data = read_regular(path, "a table", MAX_TABLE_BYTES)
+        return _read_named(directory, path, "a table", MAX_TABLE_BYTES, digest)
     except FileNotFoundError:
         text = f"{path}: file: the table is missing; publish a document of this model with producer 'contract' again"
         raise IntegrityError(text) from None
+
+
+def _read_named(directory: Directory, path: Path, what: str, limit_bytes: int, digest: str) -> bytes:
+    """Read a small file that is named by its SHA-256; one that is proven to be another goes to quarantine."""
+    try:
+        data = read_regular(path, what, limit_bytes)
+    except OversizedFile as error:
+        raise _quarantined(directory, DamagedFile(str(error), path, digest, limit_bytes)) from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         text = f"{path}: SHA-256: the bytes have {found}, the name promises {digest}"
-        raise _quarantined(directory, DamagedFile(text, path, digest))
+        raise _quarantined(directory, DamagedFile(text, path, digest, limit_bytes))
     return data
+
+
+def require_distinct_blocks(directory: Directory, manifest: Manifest) -> None:
+    """Refuse a manifest that repeats a block: a block knows its place in its document, so it has one.
+
+    Cheap to tell before a block is opened, dear afterwards: a manifest may repeat one 60,000 times.
+
+    Raises:
+        IntegrityError: it does.
+    """
+    if len(set(manifest.blocks)) == len(manifest.blocks):
+        return
+    places: dict[str, int] = {}
+    for i, block_id in enumerate(manifest.blocks):
+        first = places.setdefault(block_id, i)
+        if first != i:
+            raise IntegrityError(
+                f"{directory.manifest_path(manifest.digest)}: blocks[{i}]: {block_id} is blocks[{first}] too, but a "
+                "block has one place. The manifest is wrong: remove the document, and publish it again."
+            )
 
 
 def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: Progress | None) -> list[Shard]:
@@ -72,6 +97,7 @@ def map_blocks(directory: Directory, manifest: Manifest, verify: str, progress: 
     half blocks each, not eight and seven. Python that runs beside two hashing threads costs them more than it takes
     alone, so headers are read when all bytes have been.
     """
+    require_distinct_blocks(directory, manifest)
     sizes = [payload_bytes(manifest.spec, manifest.count(i)) for i in range(len(manifest.blocks))]
     last = len(sizes) - 1
     begun: Future[Verification] = Future()
@@ -97,9 +123,9 @@ def _map_bytes(directory: Directory, manifest: Manifest, i: int, verify: str) ->
 
 
 def _verification(directory: Directory, manifest: Manifest, i: int, verify: str) -> Verification:
-    block_id = manifest.blocks[i]
+    block_id, limit_bytes = manifest.blocks[i], max_shard_bytes(manifest.spec, manifest.count(i))
     with _setting_aside(directory):
-        return Verification(directory.block_path(block_id), block_id, verify)
+        return Verification(directory.block_path(block_id), block_id, verify, limit_bytes)
 
 
 def _finished(directory: Directory, check: Verification) -> VerifiedBytes:
@@ -132,7 +158,9 @@ def check_documents(directory: Directory, digests: Sequence[str], progress: Prog
     manifests: list[Manifest] = []
     for digest in digests:
         try:
-            manifests.append(read_manifest(directory, digest))
+            manifest = read_manifest(directory, digest)
+            require_distinct_blocks(directory, manifest)
+            manifests.append(manifest)
         except AccessError:  # proves nothing
             raise
         except RemovedError:
@@ -177,6 +205,6 @@ def _table_defects(directory: Directory, manifests: Sequence[Manifest]) -> list[
 def _quarantined(directory: Directory, damaged: DamagedFile) -> IntegrityError:
     try:
         done = directory.quarantine(damaged, wait=False)
-    except AccessError as error:
-        done = f"It could not be moved to quarantine now ({error.strerror}) and stays refused."
+    except LayoutError as error:  # refused by the file system, or a folder is a link
+        done = f"It could not be moved to quarantine now ({error}) and stays refused."
     return IntegrityError(f"{damaged}. {done}")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kvkern.errors import AccessError, KvkernError, LayoutError
-from kvkern.layout.files import read_regular, write_atomically
+from kvkern.errors import KvkernError, LayoutError
+from kvkern.layout.files import read_regular
 from kvkern.layout.index import chain_keys, decode_index, encode_index, matched_tokens, token_tensor
 from kvkern.layout.leases import Holder
 from kvkern.layout.pool import Document
-from kvkern.layout.reading import map_blocks, read_manifest
+from kvkern.layout.reading import map_blocks, read_manifest, require_distinct_blocks
 from kvkern.layout.records import Explanation
 from kvkern.layout.shard import read_tokens
 from kvkern.layout.tiles import BLOCK_TOKENS
@@ -78,8 +78,8 @@ class Search:
         """Write a document's index file; a failure is a warning, because searches rebuild it."""
         path = self._directory.index_path(manifest.digest)
         try:
-            write_atomically(path, encode_index(manifest.digest, keys))
-        except AccessError as error:  # the document itself is published and safe
+            self._directory.write(path, encode_index(manifest.digest, keys))
+        except LayoutError as error:  # the document itself is published and safe
             warnings.warn(f"{path} could not be written ({error}); searches rebuild it", stacklevel=3)
 
     def _all(self) -> Iterator[_Entry]:
@@ -92,6 +92,7 @@ class Search:
     def _entry(self, digest: str) -> _Entry:
         if digest not in self._entries:
             manifest = read_manifest(self._directory, digest)
+            require_distinct_blocks(self._directory, manifest)
             self._entries[digest] = _Entry(self._directory, manifest, self._keys(manifest))
         return self._entries[digest]
 

@@ -142,7 +142,7 @@ def map_verified(path: Path, block_id: str, *, verify: str = "auto") -> Verified
 
     Raises:
         IntegrityError: the file is missing, or (DamagedFile) its bytes are not those of the block id.
-        LayoutError: not a regular file, or too large.
+        LayoutError: not a regular file.
         AccessError: the file system refused; the file may be fine.
     """
     return Verification(path, block_id, verify).finish()
@@ -151,11 +151,14 @@ def map_verified(path: Path, block_id: str, *, verify: str = "auto") -> Verified
 class Verification:
     """A block's file, mapped, whose bytes are being checked; one thread may begin and another one finish."""
 
-    def __init__(self, path: Path, block_id: str, verify: str = "auto") -> None:
-        """Map the file; arguments and errors as in `map_verified`."""
+    def __init__(self, path: Path, block_id: str, verify: str = "auto", limit_bytes: int = MAX_SHARD_BYTES) -> None:
+        """Map the file; arguments and errors as in `map_verified`.
+
+        A file that is longer than `limit_bytes`, which its document says, is refused (IntegrityError) and not read.
+        """
         if verify not in ("auto", "sha256"):
             raise LayoutError(f"verify must be 'auto' or 'sha256', got {verify!r}")
-        self.path, self.block_id, self.buffer = path, block_id, _map(path, block_id)
+        self.path, self.block_id, self.buffer = path, block_id, _map(path, block_id, limit_bytes)
         self._known = _VERIFIED.get(block_id) if verify == "auto" else None
         self._sha, self._xxh, self._place = hashlib.sha256(), xxhash.xxh3_128(), 0
 
@@ -182,7 +185,7 @@ class Verification:
         found = self._sha.hexdigest()
         if found != self.block_id:
             text = f"{self.path}: SHA-256: the bytes have {found}, the name promises {self.block_id}"
-            raise DamagedFile(text, self.path, self.block_id)
+            raise DamagedFile(text, self.path, self.block_id, MAX_SHARD_BYTES)
         return self._xxh.digest()
 
 
@@ -229,18 +232,24 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
     except FileNotFoundError:
         raise IntegrityError(f"{path}: file: the block is missing; publish its document again") from None
     try:
-        if info.st_size > MAX_SHARD_BYTES:
-            raise LayoutError(f"{path}: size: {info.st_size} is over the limit of {MAX_SHARD_BYTES} bytes")
         yield fd, info.st_size
     finally:
         os.close(fd)
 
 
-def _map(path: Path, block_id: str) -> np.ndarray:
+def _map(path: Path, block_id: str, limit_bytes: int) -> np.ndarray:
     with _opened(path) as (fd, size):
         if size < ALIGNMENT_BYTES:
             text = f"{path}: size: {size} bytes, but a block has at least {ALIGNMENT_BYTES}: it is truncated"
-            raise DamagedFile(text, path, block_id)
+            raise DamagedFile(text, path, block_id, MAX_SHARD_BYTES)
+        if size > MAX_SHARD_BYTES:
+            text = f"{path}: size: {size} bytes are over the limit of {MAX_SHARD_BYTES}"
+            raise DamagedFile(text, path, block_id, MAX_SHARD_BYTES)
+        if size > limit_bytes:  # that proves nothing about the file: the manifest may be the wrong one
+            raise IntegrityError(
+                f"{path}: size: {size} bytes, but this block of its document has at most {limit_bytes}: one of them is "
+                "wrong. Publish the document again."
+            )
         with accessing(path, "map"):
             return map_file(fd, size)
 

@@ -93,9 +93,27 @@ def test_audit_user_errors__exit_1(kv, bought, tmp_path: Path, args: list[str], 
     assert done.exit_code == 1 and message in " ".join(done.stderr.split())
 
 
-def test_audit_of_a_stock_document__is_a_report(kv, bought, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checked", [(), ("--tokens", 31)], ids=["all", "spot-check"])
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_audit_of_a_stock_document__no_verdict_is_exit_code_3(
+    kv, bought, tmp_path: Path, checked: tuple[object, ...], output: str
+) -> None:
+    """A script that asks for the exit code alone must not take a report for a proof, with differences or without."""
     store, _ = bought
-    text = tmp_path / "book.txt"
-    done = kv("publish", model_folder(tmp_path), text, "--store", store, "--format", "json")
-    found = kv("audit", json.loads(done.stdout)["digest"], "--model", model_folder(tmp_path), "--store", store)
-    assert found.exit_code == 0 and "no verdict" in found.stdout
+    folder, text = model_folder(tmp_path), tmp_path / "book.txt"
+    done = kv("publish", folder, text, "--store", store, "--format", "json")
+    digest = json.loads(done.stdout)["digest"]
+    found = kv("audit", digest, *checked, "--model", folder, "--store", store, "--format", output)
+    assert found.exit_code == 3
+    said = " ".join(found.stderr.split())
+    assert "no verdict: producer 'stock' promises no bits" in said and "error:" not in said
+    if output == "json":
+        data = json.loads(found.stdout)
+        assert data["ok"] is None and f"{data['differing']:,} of {data['elements']:,} elements differ" in said
+    else:
+        assert "no verdict" in found.stdout and digest in found.stdout
+
+
+def test_help__names_every_exit_code(kv) -> None:
+    said = " ".join(kv("--help").stdout.split())
+    assert "0 fine, 1 your input, 2 damaged bytes or bits that differ, 3 no verdict" in said

@@ -71,11 +71,11 @@ def test_store__half_written_document_is_never_visible(
 ) -> None:
     sample, rename, calls = make(700), os.replace, []
 
-    def crash(source: Path, target: Path) -> None:
+    def crash(source: str, target: str, **folders: int) -> None:
         calls.append(target)
         if len(calls) > renames:
             raise OSError("power cut")
-        rename(source, target)
+        rename(source, target, **folders)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
@@ -100,10 +100,10 @@ def test_store__failing_index_does_not_unpublish(
 ) -> None:
     sample, rename = make(300), os.replace
 
-    def crash(source: Path, target: Path) -> None:
-        if target.parent.name == "index":
+    def crash(source: str, target: str, *, dst_dir_fd: int, **folders: int) -> None:
+        if os.readlink(f"/proc/self/fd/{dst_dir_fd}") == f"{store.root}/index":
             raise OSError("disk full")
-        rename(source, target)
+        rename(source, target, dst_dir_fd=dst_dir_fd, **folders)
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.warns(UserWarning, match="could not be written"):

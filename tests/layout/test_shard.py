@@ -163,7 +163,7 @@ def test_shard__too_large_file_is_not_even_read(tmp_path: Path, make: Make, monk
     sample = make(64)
     path, block_id = write(tmp_path, encode(sample))
     monkeypatch.setattr(shard_module, "MAX_SHARD_BYTES", 5000)
-    with pytest.raises(LayoutError, match="over the limit"):
+    with pytest.raises(IntegrityError, match="over the limit"):
         map_shard(path, block_id, sample.spec)
 
 

@@ -270,7 +270,8 @@ def refusing(
     def wrap(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal seen
-            inside = isinstance(args[0], int) or str(args[0]).startswith(str(under))
+            is_relative = kwargs.keys() & {"dir_fd", "src_dir_fd"}
+            inside = isinstance(args[0], int) or bool(is_relative) or str(args[0]).startswith(str(under))
             seen += inside
             if inside and (always or seen == after + 1):
                 failed.append(name)
