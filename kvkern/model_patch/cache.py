@@ -64,6 +64,7 @@ class PrefixCache(Cache):
             "prefix_len": torch.tensor([prefix.tokens], dtype=torch.int32, device=self._device),
             "num_layers": prefix.spec.num_layers,
         }
+        self.prompt_start = prefix.tokens  # the column that the input_ids of the last prepare() begin with
         self._step: _Step | None = None
         self._lengths: dict[str, Tensor] = {}  # what the layers' views hold, written in place
         self.workspace: tuple[object, Tensor] | None = None  # the shapes that it is for, and itself
@@ -92,6 +93,7 @@ class PrefixCache(Cache):
         Returns:
             The mask of all columns, `[B, columns + T]` bool.
         """
+        self.prompt_start = self.columns
         self._mask = torch.cat([self._mask, mask], dim=1)
         return self._mask
 

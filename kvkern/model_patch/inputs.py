@@ -44,15 +44,12 @@ def prepare(
             "the prefix covers the whole prompt: a reader needs at least one token of its own to go on from. Attach a "
             "shorter prefix or ask a question."
         )
-    device = prefix.model.device
-    positions = cache.lens[:, None] + (mask.cumsum(1) - 1).clamp_min(0)
     full_mask = cache.announce(mask)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": full_mask.long().to(device),
-        "position_ids": positions.long().to(device),
-        "past_key_values": cache,
-    }
+    inputs = {"input_ids": ids, "attention_mask": full_mask.long()}
+    if not bool(full_mask.all()):  # otherwise transformers finds the positions itself
+        inputs["position_ids"] = (cache.lens[:, None] + (mask.cumsum(1) - 1).clamp_min(0)).long()
+    device = prefix.model.device
+    return {**{name: tensor.to(device) for name, tensor in inputs.items()}, "past_key_values": cache}
 
 
 def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -127,11 +124,11 @@ def _with_uncached_tail(ids: Tensor, mask: Tensor, cache: PrefixCache, after: Te
     """Put the tokens of generate()'s output that the cache has not seen in front of the next ids."""
     if after.dim() != 2 or after.shape[0] != ids.shape[0]:
         raise LayoutError(f"after must be generate()'s output [{ids.shape[0]}, T], got {tuple(after.shape)}")
-    seen = cache.columns - cache.prefix.tokens
+    seen = cache.columns - cache.prompt_start
     if not 0 <= after.shape[1] - seen <= 1:
         raise LayoutError(
-            f"after has {after.shape[1]} tokens, the cache has seen {seen} since the prefix: pass the output of the "
-            "last generate() on this cache"
+            f"after has {after.shape[1]} tokens, the cache has seen {seen} from the first of its last inputs on: pass "
+            "the output of the last generate() on this cache"
         )
     tail = after[:, seen:].cpu()
     if bool((~mask).any()) and tail.shape[1]:

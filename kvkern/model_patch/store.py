@@ -293,9 +293,9 @@ class Prefix:
                 Rows that ended early keep the padding that generate() gave them, as in transformers.
 
         Returns:
-            `input_ids [B, T]`, `attention_mask [B, columns + T]`, `position_ids [B, T]`, `past_key_values`. Padding of
-            ragged rows stands between the prefix and the tokens; the output of generate() begins with `input_ids`,
-            without the document.
+            `input_ids [B, T]`, `attention_mask [B, columns + T]`, `past_key_values`, and `position_ids [B, T]` where
+            rows are padded. Padding of ragged rows stands between the prefix and the tokens; the output of generate()
+            begins with `input_ids`, without the document.
 
         Raises:
             UnsupportedError: no token is given: the prefix would cover the whole prompt.
