@@ -1,4 +1,4 @@
-"""Further turns and what generate() offers, on tiny models. Bits are in tests/e2e."""
+"""Whole prompts, further turns and what generate() refuses, on tiny models. Bits are in tests/e2e."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import pytest
 import torch
 import transformers
 
-from kvkern import UnsupportedError
+import kvkern
+from kvkern import LayoutError, UnsupportedError
 from tests.support.bits import differing
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
+
+
+def test_prepare__a_whole_prompt_is_padded_as_a_tokenizer_pads_it(prefix, doc) -> None:
+    inputs = prefix.prepare([[5, 6, 7], [8]], whole_prompt=True)
+    assert inputs["input_ids"].tolist() == [[*doc, 5, 6, 7], [0, 0, *doc, 8]]
+    assert inputs["attention_mask"].tolist() == [[1] * 73, [1] * 70 + [0, 0, 1]]
+    assert set(inputs) == {"input_ids", "attention_mask", "past_key_values"}
+    padded = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]])
+    again = prefix.prepare(padded, attention_mask=padded.ne(0), whole_prompt=True)
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
 
 
 def test_prepare__positions_are_given_only_where_rows_are_padded(prefix, model) -> None:
@@ -41,12 +52,95 @@ def test_tokens_turns__after_puts_the_last_token_in_front(prefix, model, rows) -
     assert new[True] == new[False]
 
 
-def test_tokens_generate__a_prefill_in_chunks(prefix, model) -> None:
+@pytest.mark.parametrize("rows", [[[5, 6, 7], [9, 8, 7]], [[5, 6, 7], [8]]], ids=["uniform", "ragged"])
+def test_tokens_turns__every_turn_goes_on_from_the_last_output(prefix, model, doc, rows) -> None:
+    """Four turns, with the question alone and with the whole prompt: the same tokens."""
+    new = {}
+    for whole in (False, True):
+        cache, after, new[whole] = None, None, []
+        for _ in range(4):
+            inputs = prefix.prepare(rows, cache=cache, after=after, whole_prompt=whole)
+            cache, after = inputs["past_key_values"], model.generate(**inputs, **GREEDY)
+            new[whole].append(after[:, -3:].tolist())
+            rows = [row[::-1] for row in rows][::-1]
+    assert new[True] == new[False]
+    assert [row[row != 0][:70].tolist() for row in after] == [doc, doc]
+
+
+def test_tokens_turns__whole_prompts_after_a_reset_and_questions_after_whole_prompts(prefix, model) -> None:
+    inputs = prefix.prepare([5, 6], whole_prompt=True)
+    cache = inputs["past_key_values"]
+    out = model.generate(**inputs, **GREEDY)
+    alone = prefix.prepare([7], cache=cache, after=out)
+    assert alone["input_ids"].tolist() == [[int(out[0, -1]), 7]]
+    model(**alone)
+    cache.reset()
+    again = prefix.prepare([5, 6], cache=cache, whole_prompt=True)
+    assert torch.equal(model.generate(**again, **GREEDY), out)
+
+
+def test_raises_prepare__a_whole_prompt_of_unknown_tokens(prefix, model) -> None:
+    inputs = prefix.prepare([5, 6])
+    cache = inputs["past_key_values"]
+    out = model.generate(**inputs, **GREEDY)
+    for after in (out, None):
+        with pytest.raises(LayoutError, match=r"whole_prompt=True, too"):
+            prefix.prepare([7], cache=cache, after=after, whole_prompt=True)
+    whole = prefix.prepare([5, 6], whole_prompt=True)
+    out = model.generate(**whole, **GREEDY)
+    with pytest.raises(LayoutError, match="after has 5 tokens, the cache has seen 74"):
+        prefix.prepare([7], cache=whole["past_key_values"], after=out[:, 70:], whole_prompt=True)
+    with pytest.raises(LayoutError, match=r"whole_prompt=True, too"):
+        prefix.prepare([7], cache=whole["past_key_values"], whole_prompt=True)
+
+
+def test_raises_model__a_whole_prompt_without_generate(prefix, model) -> None:
+    inputs = prefix.prepare([5, 6], whole_prompt=True)
+    with pytest.raises(UnsupportedError, match=r"given tokens again.*for model\.generate\(\)"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str)
+def test_raises_generate__ways_that_give_the_whole_prompt_again(prefix, model, options) -> None:
+    inputs = prefix.prepare([5, 6], whole_prompt=True)
+    with pytest.raises(UnsupportedError, match="given tokens again"):
+        model.generate(**inputs, **GREEDY, **options)
+
+
+def test_raises_generate__a_mask_that_is_not_prepares(prefix, model) -> None:
+    inputs = prefix.prepare([[5, 6], [7]], whole_prompt=True)
+    for begin, value in ((0, 0), (70, 1)):
+        mask = inputs["attention_mask"].clone()
+        mask[:, begin : begin + 2] = value
+        fresh = prefix.prepare([[5, 6], [7]], whole_prompt=True)
+        with pytest.raises(UnsupportedError, match="the mask that prepare"):
+            model.generate(**{**fresh, "attention_mask": mask}, **GREEDY)
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded_static"])
+def test_raises_generate__static_caches(prefix, model, implementation) -> None:
+    with pytest.raises(UnsupportedError, match=r"static one.*kvkern\.unpatch"):
+        model.generate(torch.tensor([[5, 6]]), **GREEDY, cache_implementation=implementation)
+    with pytest.raises(ValueError, match="cache_implementation.*past_key_values"):
+        model.generate(**prefix.prepare([5, 6]), **GREEDY, cache_implementation=implementation)
+
+
+def test_raises_generate_batch__transformers_refuses_kvkern_by_name(model, doc) -> None:
+    kvkern.patch(model)
+    with pytest.raises(ValueError, match="kvkern"):
+        model.generate_batch([doc], max_new_tokens=2)
+    with pytest.raises(ValueError, match="kvkern"):
+        model.generate(torch.tensor([doc]), max_new_tokens=2, cache_implementation="paged")
+    assert model.config._attn_implementation == "kvkern"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tokens_generate__a_prefill_in_chunks(prefix, model, whole) -> None:
     """transformers counts chunks from the tokens of the cache since 5.21; before, from the first column."""
-    expected = model.generate(**prefix.prepare([5, 6, 7, 8, 9]), **GREEDY)
-    inputs = prefix.prepare([5, 6, 7, 8, 9])
+    expected = model.generate(**prefix.prepare([5, 6, 7, 8, 9], whole_prompt=whole), **GREEDY)
+    inputs = prefix.prepare([5, 6, 7, 8, 9], whole_prompt=whole)
     if TRANSFORMERS < (5, 21):
-        with pytest.raises(UnsupportedError, match="attention_mask has 2 columns"):
+        with pytest.raises(UnsupportedError, match=r"from transformers 5\.21 on"):
             model.generate(**inputs, **GREEDY, prefill_chunk_size=2)
     else:
         assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=2), expected)
