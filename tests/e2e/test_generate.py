@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import kvkern
+from kvkern.model_patch.load import load_model
 from tests.support.bits import differing
 from tests.support.models import Subject, stock_cache, subject
 from tests.support.stock import needs_stock_order
@@ -173,3 +174,21 @@ def test_bits_embeds__whole_prompt_as_embeddings(who, attach) -> None:
     inputs = attach(who, doc).prepare(question, whole_prompt=True)
     del inputs["input_ids"]
     assert_same(generate(who, GREEDY, **inputs, inputs_embeds=embeds), stock)
+
+
+def test_bits_stop_strings__smollm2_stops_where_stock_does(attach) -> None:
+    smollm2, (_, tokenizer) = subject("smollm2"), load_model("smollm2")
+    kvkern.unpatch(smollm2.model)
+    doc, question = smollm2.doc(P), smollm2.question(T)
+    ids = torch.tensor([doc + question])
+    options = {"do_sample": False, "max_new_tokens": STEPS, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    free = generate(smollm2, options, input_ids=ids, attention_mask=torch.ones_like(ids))
+    word = tokenizer.decode(free.sequences[0, P + T + 3])
+    options |= {"stop_strings": [word], "tokenizer": tokenizer}
+    stock = generate(smollm2, options, input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert P + T < stock.sequences.shape[1] < free.sequences.shape[1]
+    try:
+        inputs = attach(smollm2, doc).prepare(question, whole_prompt=True)
+        assert_same(generate(smollm2, options, **inputs), stock)
+    finally:
+        kvkern.unpatch(smollm2.model)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import kvkern
 from kvkern import LayoutError, UnsupportedError
@@ -12,6 +16,19 @@ from tests.support.bits import differing
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w00 .. w63 are the ids 0 .. 63; id 1 is the word that transformers' stop strings try a tokenizer with."""
+    vocab = {word: i for i, word in enumerate(words(range(64)).replace("w01", "abcdef").split())}
+    word_level = Tokenizer(models.WordLevel(vocab, unk_token="abcdef"))
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=word_level, unk_token="abcdef", pad_token="w00")
+
+
+def words(ids: Iterable[int]) -> str:
+    return " ".join(f"w{i:02d}" for i in ids)
 
 
 def test_prepare__a_whole_prompt_is_padded_as_a_tokenizer_pads_it(prefix, doc) -> None:
@@ -144,3 +161,29 @@ def test_tokens_generate__a_prefill_in_chunks(prefix, model, whole) -> None:
             model.generate(**inputs, **GREEDY, prefill_chunk_size=2)
     else:
         assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=2), expected)
+
+
+def test_tokens_generate__stop_strings_with_a_tokenizer(prefix, model, tokenizer) -> None:
+    free = model.generate(**prefix.prepare([5, 6], whole_prompt=True), **GREEDY)
+    strings = {"stop_strings": [words(free[0, 73:74])], "tokenizer": tokenizer}
+    for whole in (True, False):
+        stopped = model.generate(**prefix.prepare([5, 6], whole_prompt=whole), **GREEDY, **strings)
+        assert torch.equal(stopped, free[:, 0 if whole else 70 : 74])
+
+
+def test_raises_attention__causal_is_computed_and_nothing_else(model) -> None:
+    kvkern.patch(model)
+    ids = torch.tensor([[5, 6, 7]])
+    assert differing(model(ids, is_causal=True).logits, model(ids).logits) == 0
+    with pytest.raises(UnsupportedError, match="causal"):
+        model(ids, is_causal=False)
+    with pytest.raises(UnsupportedError, match="not causal"):
+        _attend(model, is_causal=False)
+    _attend(model, output_router_logits=True)
+
+
+def _attend(model, **options) -> None:
+    from kvkern.model_patch.attention import attention_forward
+
+    q, k = (torch.zeros(1, heads, 2, 32, dtype=torch.bfloat16) for heads in (6, 2))
+    attention_forward(model.model.layers[0].self_attn, q, k, k, None, **options)
