@@ -1,4 +1,4 @@
-"""Whole prompts, further turns and what generate() refuses, on tiny models. Bits are in tests/e2e."""
+"""Whole prompts, further turns, pipeline() and what generate() refuses, on tiny models. Bits are in tests/e2e."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, pipeline
 
 import kvkern
 from kvkern import LayoutError, UnsupportedError
@@ -187,3 +187,18 @@ def _attend(model, **options) -> None:
 
     q, k = (torch.zeros(1, heads, 2, 32, dtype=torch.bfloat16) for heads in (6, 2))
     attention_forward(model.model.layers[0].self_attn, q, k, k, None, **options)
+
+
+def test_tokens_pipeline__with_and_without_a_prefix(prefix, model, store, doc, tokenizer) -> None:
+    """The README's lines: match() compares the very ids that the pipeline will make of the text."""
+    text = words([*doc, 5, 6, 7])
+    ids = tokenizer(text).input_ids
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    attached = store.match(ids, model)
+    assert attached.tokens == 70
+    cache = attached.prepare(ids[attached.tokens :])["past_key_values"]
+    plain = write(text, **GREEDY)[0]["generated_text"]
+    assert write(text, past_key_values=cache, **GREEDY)[0]["generated_text"] == plain
+    assert cache.lens.tolist() == [75]
+    kvkern.unpatch(model)
+    assert write(text, **GREEDY)[0]["generated_text"] == plain
