@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 
     from kvkern.attention import KeyRun, Profile
 
-# Keyword arguments of transformers that do not change what attention computes.
+# Keyword arguments of transformers that do not change what attention computes. generate() hands on the tokenizers that
+# it was given, for stop strings, with whatever it does not know.
 _HARMLESS = frozenset(
     {
+        "tokenizer",
+        "assistant_tokenizer",
         "position_ids",
         "use_cache",
         "cache_position",
         "output_hidden_states",
+        "output_router_logits",
         "num_items_in_batch",
         "return_dict",
         "position_embeddings",
+        "is_causal",  # False is refused
     }
 )
 
@@ -153,7 +158,7 @@ def _refuse(
         raise UnsupportedError(
             f"a {mask.dim()}D attention mask: kvkern takes causal attention with a 2D padding mask only"
         )
-    if not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise UnsupportedError(f"{type(module).__name__} is not causal: kvkern computes causal attention only")
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and given is not False:

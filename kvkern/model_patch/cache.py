@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvkern.contract import TILE_TOKENS
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
+from kvkern.model_patch.agreement import require_positions, require_same_padding
 from kvkern.model_patch.gradients import would_flow
 from kvkern.model_patch.register import IMPLEMENTATION, is_patched
 from kvkern.view import KVView, append
@@ -65,6 +66,7 @@ class PrefixCache(Cache):
             "prefix_len": torch.tensor([prefix.tokens], dtype=torch.int32, device=self._device),
             "num_layers": prefix.spec.num_layers,
         }
+        self.prompt_start = prefix.tokens  # the column that the input_ids of the last prepare() begin with
         self._step: _Step | None = None
         self._lengths: dict[str, Tensor] = {}  # what the layers' views hold, written in place
         self.workspace: tuple[object, Tensor] | None = None  # the shapes that it is for, and itself
@@ -84,15 +86,17 @@ class PrefixCache(Cache):
         """Whether prepare() has announced tokens that no forward has brought yet."""
         return self._mask.shape[1] > self.columns
 
-    def announce(self, mask: Tensor) -> Tensor:
+    def announce(self, mask: Tensor, *, whole_prompt: bool = False) -> Tensor:
         """Record the padding of the tokens that come next.
 
         Args:
             mask: `[B, T]` bool, False where padded.
+            whole_prompt: the input_ids hold the tokens of all columns, not of these alone.
 
         Returns:
             The mask of all columns, `[B, columns + T]` bool.
         """
+        self.prompt_start = 0 if whole_prompt else self.columns
         self._mask = torch.cat([self._mask, mask], dim=1)
         return self._mask
 
@@ -210,21 +214,8 @@ class PrefixCache(Cache):
                 from the tokens that each reader has.
         """
         step = self._step
-        agrees = bool(step.mask.all()) if attention_mask is None else torch.equal(attention_mask.cpu(), step.mask)
-        if not agrees:
-            raise UnsupportedError(
-                "attention_mask differs from the padding that prepare() announced: pass the mask that prepare() "
-                "returned; pads stand between the prefix and the question only"
-            )
-        if position_ids is not None and position_ids.dim() == 2:
-            last = position_ids[:, -1].cpu()
-            expected = step.suffix_len + (self.prefix.tokens - 1)
-            if bool(((last != expected) & (step.query_len > 0)).any()):
-                raise UnsupportedError(
-                    f"position_ids end at {last.tolist()}, the readers' last tokens stand at {expected.tolist()}: the "
-                    "cache was used since these inputs were made, or ragged rows lack their position_ids. Take fresh "
-                    "inputs from prepare()."
-                )
+        require_same_padding(attention_mask, step.mask)
+        require_positions(position_ids, step.suffix_len + (self.prefix.tokens - 1), step.query_len)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every reader; a negative count, as in transformers."""

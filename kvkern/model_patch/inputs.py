@@ -26,11 +26,13 @@ def prepare(
     attention_mask: Tensor | None = None,
     cache: PrefixCache | None = None,
     after: Tensor | None = None,
+    whole_prompt: bool = False,
 ) -> dict[str, Any]:
     """See `Prefix.prepare`."""
     from kvkern.model_patch.cache import PrefixCache
 
-    ids, mask = pad_left(input_ids, attention_mask, pad_id=_pad_id(prefix))
+    pad_id = _pad_id(prefix)
+    ids, mask = pad_left(input_ids, attention_mask, pad_id=pad_id)
     if cache is None:
         if after is not None:
             raise LayoutError("after= continues a live cache: pass that cache too")
@@ -44,15 +46,16 @@ def prepare(
             "the prefix covers the whole prompt: a reader needs at least one token of its own to go on from. Attach a "
             "shorter prefix or ask a question."
         )
+    if whole_prompt:
+        read = _tokens_read(cache, after, batch=ids.shape[0])
+        rows = [torch.cat([before, row[keep]]) for before, row, keep in zip(read, ids, mask, strict=True)]
+        ids, _ = pad_left(rows, None, pad_id=pad_id)
+    full_mask = cache.announce(mask, whole_prompt=whole_prompt)
+    inputs = {"input_ids": ids, "attention_mask": full_mask.long()}
+    if not whole_prompt and not bool(full_mask.all()):  # otherwise transformers finds the positions itself
+        inputs["position_ids"] = (cache.lens[:, None] + (mask.cumsum(1) - 1).clamp_min(0)).long()
     device = prefix.model.device
-    positions = cache.lens[:, None] + (mask.cumsum(1) - 1).clamp_min(0)
-    full_mask = cache.announce(mask)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": full_mask.long().to(device),
-        "position_ids": positions.long().to(device),
-        "past_key_values": cache,
-    }
+    return {**{name: tensor.to(device) for name, tensor in inputs.items()}, "past_key_values": cache}
 
 
 def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -127,14 +130,26 @@ def _with_uncached_tail(ids: Tensor, mask: Tensor, cache: PrefixCache, after: Te
     """Put the tokens of generate()'s output that the cache has not seen in front of the next ids."""
     if after.dim() != 2 or after.shape[0] != ids.shape[0]:
         raise LayoutError(f"after must be generate()'s output [{ids.shape[0]}, T], got {tuple(after.shape)}")
-    seen = cache.columns - cache.prefix.tokens
+    seen = cache.columns - cache.prompt_start
     if not 0 <= after.shape[1] - seen <= 1:
         raise LayoutError(
-            f"after has {after.shape[1]} tokens, the cache has seen {seen} since the prefix: pass the output of the "
-            "last generate() on this cache"
+            f"after has {after.shape[1]} tokens, the cache has seen {seen} from the first of its last inputs on: pass "
+            "the output of the last generate() on this cache"
         )
     tail = after[:, seen:].cpu()
     if bool((~mask).any()) and tail.shape[1]:
         rows = [torch.cat([last, row[keep]]) for last, row, keep in zip(tail, ids, mask, strict=True)]
         return pad_left(rows, None, pad_id=int(ids[~mask][0]))
     return torch.cat([tail, ids], dim=1), torch.cat([torch.ones_like(tail, dtype=torch.bool), mask], dim=1)
+
+
+def _tokens_read(cache: PrefixCache, after: Tensor | None, *, batch: int) -> Tensor:
+    """Return the ids of all that the cache has read, `[B, columns]`: the prefix, or all but the end of `after`."""
+    if after is not None and cache.prompt_start == 0:
+        return after[:, : cache.columns].cpu()
+    if after is None and cache.columns == cache.prefix.tokens:
+        return cache.prefix.token_ids.expand(batch, -1)
+    raise LayoutError(
+        "a whole prompt on a live cache begins with the ids of all that the cache has read: pass after=, the output of "
+        "generate() on inputs that were prepared with whole_prompt=True, too"
+    )

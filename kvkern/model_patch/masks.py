@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvkern.errors import UnsupportedError
+from kvkern.model_patch.agreement import require_mask_width
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,10 +59,5 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
-    if attention_mask.shape[-1] != kv_length:
-        raise UnsupportedError(
-            f"attention_mask has {attention_mask.shape[-1]} columns, the cache and this call have {kv_length}: the "
-            "cache was used since these inputs were made, or the mask covers new tokens alone. Take fresh inputs from "
-            "prepare()."
-        )
+    require_mask_width(attention_mask, q_length, kv_length)
     return None if bool(attention_mask.all()) else attention_mask

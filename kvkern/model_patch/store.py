@@ -320,6 +320,7 @@ class Prefix:
         attention_mask: Tensor | None = None,
         cache: PrefixCache | None = None,
         after: Tensor | None = None,
+        whole_prompt: bool = False,
     ) -> dict[str, Any]:
         """Build the inputs of `model.generate(**inputs)` or `model(**inputs)` for readers of this document.
 
@@ -331,11 +332,17 @@ class Prefix:
             after: the output of the last `generate()` on that cache. Its last token was sampled and never read by the
                 model, so it is put in front of `input_ids`. Leave it out when `input_ids` begins with that token.
                 Rows that ended early keep the padding that generate() gave them, as in transformers.
+            whole_prompt: for `generate()`: return the ids of the whole prompt, the document and earlier turns first.
+                transformers leaves out what the cache has, so nothing is computed twice; whatever reads ids sees all of
+                them (repetition penalties, n-grams, `max_length`, streamers), and the output begins with the document,
+                as in stock. A further turn needs `after`, of inputs prepared in this way, too. Assisted decoding takes
+                inputs without it.
 
         Returns:
-            `input_ids [B, T]`, `attention_mask [B, columns + T]`, `position_ids [B, T]`, `past_key_values`. Padding of
-            ragged rows stands between the prefix and the tokens; the output of generate() begins with `input_ids`,
-            without the document.
+            `input_ids [B, T]`, `attention_mask [B, columns + T]`, `past_key_values`, and `position_ids [B, T]` where
+            rows are padded. Padding of ragged rows stands between the prefix and the tokens; the output of generate()
+            begins with `input_ids`, without the document. With whole_prompt `input_ids [B, columns + T]` are padded on
+            the left, as by a tokenizer, while the mask's padding stays in the columns where the cache has it.
 
         Raises:
             UnsupportedError: no token is given: the prefix would cover the whole prompt.
@@ -343,7 +350,9 @@ class Prefix:
         """
         from kvkern.model_patch.inputs import prepare
 
-        return prepare(self, input_ids, attention_mask=attention_mask, cache=cache, after=after)
+        return prepare(
+            self, input_ids, attention_mask=attention_mask, cache=cache, after=after, whole_prompt=whole_prompt
+        )
 
     def tail(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return K `[kv_heads, head_dim, t]` and V `[kv_heads, t, head_dim]` of the t = tokens % 64 last tokens."""
