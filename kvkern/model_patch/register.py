@@ -84,6 +84,7 @@ def patch(
     if profile == "fast":
         _require_fast(model, scope)
     _select(model, scope, k_major=True, name=FAST_IMPLEMENTATION if profile == "fast" else None)
+    model.init_continuous_batching = refuse_continuous_batching
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -92,6 +93,22 @@ def unpatch(model: PreTrainedModel) -> None:
         whole.leave(model)
     if is_patched(model.config):
         model.set_attn_implementation(getattr(model, _PREVIOUS, "sdpa"))
+    model.__dict__.pop("init_continuous_batching", None)
+
+
+def refuse_continuous_batching(*_: Any, **__: Any) -> None:
+    """Stand in for a patched model's `init_continuous_batching`, which `generate_batch` begins with.
+
+    transformers would refuse the name `kvkern` or, where FlashAttention is installed, compute that instead.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "generate_batch (continuous batching) on a patched model: it computes transformers' own paged attention and "
+        "reads no attached prefix. Call model.generate(**prefix.prepare(rows)) for a batch, or kvkern.unpatch(model) "
+        "first."
+    )
 
 
 @contextmanager

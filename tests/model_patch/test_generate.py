@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import pytest
@@ -142,13 +143,24 @@ def test_raises_generate__static_caches(prefix, model, implementation) -> None:
         model.generate(**prefix.prepare([5, 6]), **GREEDY, cache_implementation=implementation)
 
 
-def test_raises_generate_batch__transformers_refuses_kvkern_by_name(model, doc) -> None:
+def test_raises_generate_batch__by_name_and_before_another_attention_is_selected(model, doc, monkeypatch) -> None:
+    """As on a host with FlashAttention, where transformers would select that."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    monkeypatch.setattr(continuous_api, "is_flash_attn_3_available", lambda *_, **__: True)
     kvkern.patch(model)
-    with pytest.raises(ValueError, match="kvkern"):
-        model.generate_batch([doc], max_new_tokens=2)
-    with pytest.raises(ValueError, match="kvkern"):
-        model.generate(torch.tensor([doc]), max_new_tokens=2, cache_implementation="paged")
+    ways = (
+        lambda: model.generate_batch([doc], max_new_tokens=2),
+        lambda: model.generate(torch.tensor([doc]), max_new_tokens=2, cache_implementation="paged"),
+        model.init_continuous_batching,
+    )
+    for way in ways:
+        with pytest.raises(UnsupportedError, match=r"generate_batch.*prefix\.prepare\(rows\).*unpatch"):
+            way()
     assert model.config._attn_implementation == "kvkern"
+    assert "init_continuous_batching" in copy.deepcopy(model).__dict__
+    kvkern.unpatch(model)
+    assert "init_continuous_batching" not in model.__dict__
 
 
 @pytest.mark.parametrize("whole", [False, True])
