@@ -12,25 +12,13 @@ from kvkern.contract import KEY_RUN
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
+from kvkern.model_patch.calls import HARMLESS
 from kvkern.view import KVView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvkern.attention import KeyRun, Profile
-
-# Keyword arguments of transformers that do not change what attention computes.
-_HARMLESS = frozenset(
-    {
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "output_hidden_states",
-        "num_items_in_batch",
-        "return_dict",
-        "position_embeddings",
-    }
-)
 
 
 def attention_forward(
@@ -70,6 +58,10 @@ def attention_forward(
     handle: LayerHandle | None = getattr(key, HANDLE_ATTRIBUTE, None)
     if handle is None:
         return _attend_plain(query, key, value, attention_mask, scaling, key_run, profile), None
+    if getattr(value, HANDLE_ATTRIBUTE, None) is not handle:
+        raise UnsupportedError(
+            f"{type(module).__name__} changes its values after the cache: kvkern reads them from the published blocks"
+        )
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
@@ -149,8 +141,9 @@ def _refuse(
         raise UnsupportedError(
             f"a {mask.dim()}D attention mask: kvkern takes causal attention with a 2D padding mask only"
         )
-    if not getattr(module, "is_causal", True):
+    is_causal = kwargs.pop("is_causal", None)
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedError(f"{type(module).__name__} is not causal: kvkern computes causal attention only")
     for name, given in kwargs.items():
-        if name not in _HARMLESS and given is not None and given is not False:
+        if name not in HARMLESS and given is not None and given is not False:
             raise UnsupportedError(f"{name}={given!r} in attention: kvkern does not compute it")

@@ -11,8 +11,10 @@ import torch
 
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch import whole
+from kvkern.model_patch.eager_form import require_form
 from kvkern.model_patch.rope import give_rope_table
 from kvkern.probe import stock_order
+from kvkern.waived import waive, withdraw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +53,7 @@ def patch(
     profile: str = "exact",
     scope: str = "attention",
     rope_table: RopeTable | None = None,
+    allow_other_bits: bool = False,
 ) -> None:
     """Make a Hugging Face model compute through kvkern; `unpatch` undoes it.
 
@@ -62,9 +65,13 @@ def patch(
             `model`: every operation of a Qwen3 or Llama follows the numeric contract, so that KV and logits are a
             function of weights and tokens alone; the weights of Linear are laid out anew, in place.
         rope_table: for scope `model` on a host whose torch does not follow the contract: `store.rope_table(digest)`.
+        allow_other_bits: patch a model whose own eager attention rounds elsewhere than stock eager, such as GPT-2's
+            softmax in bf16, and compute stock eager's bits instead of its own. `resolve` then says so. Under `fast`
+            such a model needs no permission. A model that computes another function (softcap, sinks) is refused always.
 
     Raises:
-        UnsupportedError: the model, profile or scope is outside what kvkern computes; the message names what.
+        UnsupportedError: the model, profile or scope is outside what kvkern computes, or the model's own eager
+            attention is not stock eager's; the message names what.
     """
     if profile not in ("exact", "fast"):
         raise UnsupportedError(f"profile {profile!r} is not available: take 'exact' or 'fast'")
@@ -74,7 +81,8 @@ def patch(
         give_rope_table(model, rope_table)
     if profile == "fast":
         _require_fast(model, scope)
-    _select(model, scope, k_major=True, name=FAST_IMPLEMENTATION if profile == "fast" else None)
+    name = FAST_IMPLEMENTATION if profile == "fast" else None
+    _select(model, scope, k_major=True, name=name, allow_other_bits=allow_other_bits)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -83,6 +91,7 @@ def unpatch(model: PreTrainedModel) -> None:
         whole.leave(model)
     if is_patched(model.config):
         model.set_attn_implementation(getattr(model, _PREVIOUS, "sdpa"))
+    withdraw(model)
 
 
 @contextmanager
@@ -135,8 +144,12 @@ def _require_fast(model: PreTrainedModel, scope: str) -> None:
         raise UnsupportedError(f"head_dim is {head_dim}: profile 'fast' computes 64 and 128, take profile 'exact'")
 
 
-def _select(model: PreTrainedModel, scope: str, *, k_major: bool, name: str | None = None) -> None:
+def _select(
+    model: PreTrainedModel, scope: str, *, k_major: bool, name: str | None = None, allow_other_bits: bool = False
+) -> None:
     require_supported(model)
+    is_fast = name == FAST_IMPLEMENTATION
+    form = require_form(model, allow_other_bits=allow_other_bits or is_fast)
     register()
     if whole.is_entered(model):
         whole.leave(model)
@@ -145,6 +158,11 @@ def _select(model: PreTrainedModel, scope: str, *, k_major: bool, name: str | No
     if not is_patched(model.config):
         setattr(model, _PREVIOUS, model.config._attn_implementation)
     model.set_attn_implementation(name or SCOPES[scope])
+    if not is_patched(model.config):
+        raise UnsupportedError(f"{type(model).__name__} does not let its attention implementation be set")
+    withdraw(model)
+    if not (form.equal or is_fast):
+        waive(model, f"{type(model).__name__}'s own eager ({form.reason})")
 
 
 def require_supported(model: PreTrainedModel) -> None:
@@ -157,12 +175,14 @@ def require_supported(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedError(
-            f"{name} does not use transformers' attention interface: kvkern cannot reach its attention"
+            f"{name} does not support transformers' attention interface (_supports_attention_backend): kvkern cannot "
+            "reach its attention"
         )
     if model.dtype != torch.bfloat16:
         raise UnsupportedError(
             f"{name} computes in {model.dtype}: kvkern is exact in bfloat16, load it with dtype=torch.bfloat16"
         )
+    _require_own_keys(config, name)
     others = sorted({kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"})
     if others:
         raise UnsupportedError(f"{name} has {', '.join(others)} layers: kvkern computes full causal attention only")
@@ -170,10 +190,41 @@ def require_supported(model: PreTrainedModel) -> None:
         raise UnsupportedError(
             f"{name} has a sliding window of {config.sliding_window}: kvkern computes full causal attention only"
         )
-    for field, what in (("attn_logit_softcapping", "softcap"), ("use_sinks", "attention sinks")):
+    for field, what in (
+        ("attn_logit_softcapping", "softcap"),
+        ("use_sinks", "attention sinks"),
+        ("keep_window_size", "a mask of its own"),
+    ):
         if getattr(config, field, None):
             raise UnsupportedError(
                 f"{name} uses {what} ({field}={getattr(config, field)!r}): kvkern does not compute it"
             )
     if not getattr(config, "is_causal", True):
         raise UnsupportedError(f"{name} is not causal: kvkern computes causal attention only")
+
+
+def _require_own_keys(config: Any, name: str) -> None:
+    """Refuse layers without keys of their own or of several shapes, and values of another width than their keys."""
+    fields = {}
+    for field in ("kv_lora_rank", "head_dim", "v_head_dim", "num_kv_shared_layers"):
+        try:
+            fields[field] = getattr(config, field, None)
+        except RuntimeError:  # transformers names no single value where layers have several
+            raise UnsupportedError(
+                f"{name} has a {field} that differs from layer to layer: kvkern needs layers of one shape"
+            ) from None
+    if fields["kv_lora_rank"]:
+        raise UnsupportedError(
+            f"{name} has multi-head latent attention (MLA, kv_lora_rank={fields['kv_lora_rank']}): kvkern computes and "
+            "publishes full keys and values of one head_dim"
+        )
+    key_dim, value_dim = fields["head_dim"], fields["v_head_dim"]
+    if key_dim and value_dim and value_dim != key_dim:
+        raise UnsupportedError(
+            f"{name} has value head_dim {value_dim} and key head_dim {key_dim}: kvkern needs them equal"
+        )
+    if fields["num_kv_shared_layers"]:
+        raise UnsupportedError(
+            f"{name} has {fields['num_kv_shared_layers']} layers that share keys and values with others: each layer "
+            "must have its own"
+        )
