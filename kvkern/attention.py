@@ -11,6 +11,7 @@ from kvkern.contract import KEY_RUN, KEY_RUN_LONG
 from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.view import is_native, require_whole_words, validate
+from kvkern.waived import waived
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -33,7 +34,7 @@ class Plan:
         profile: `exact` or `fast`.
         launches: kernel launches per layer; 1 for the C call.
         bytes_moved: bytes of K and V tiles, q and out, each read or written once.
-        reason: why this backend, in words.
+        reason: why this backend, in words; and which models of this process were patched with `allow_other_bits`.
         workspace_bytes: see `new_workspace`; 0 for C, which has scratch of its own.
     """
 
@@ -78,10 +79,16 @@ def resolve(q: Tensor, kv: KVView, *, profile: Profile = "exact", backend: Backe
         require_whole_words(q, kv)
     bytes_moved = _bytes_moved(q, kv)
     if is_c:
-        return Plan("c", profile, 1, bytes_moved, "tensors are on a CPU, where the C reference is the backend")
-    reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}"
+        reason = "tensors are on a CPU, where the C reference is the backend" + _said_of_waived()
+        return Plan("c", profile, 1, bytes_moved, reason)
+    reason = f"tensors are on {q.device}, {triton_door.architecture(q.device)}" + _said_of_waived()
     need = _space_needed(q, kv, profile, native.SCRATCH_BOUND_BYTES)[1]
     return Plan("triton", profile, triton_door.config_for(q.device).launches, bytes_moved, reason, need)
+
+
+def _said_of_waived() -> str:
+    """Say which patched models of this process have other bits of their own than these."""
+    return "".join(f"; not the bits of {difference}" for difference in waived())
 
 
 def _resolve_fast(q: Tensor, kv: KVView, backend: Backend) -> Plan:

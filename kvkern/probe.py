@@ -1,4 +1,4 @@
-"""Does this host's torch add in the contract's order? Small matmuls with planted +2^40, -2^40 and 1 tell."""
+"""Does this host's torch add in the contract's order? Matmuls with planted +2^40, -2^40 and 1 tell, and a softmax."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def stock_order() -> Probe:
         f"runs of {KEY_RUN_LONG} for two rows of 2048": _run_length(rows=2, length=2048) == KEY_RUN_LONG,
         f"runs of {LINEAR_RUN} in a Linear of {LINEAR_LONG_ABOVE}": _linear_run(LINEAR_LONG_ABOVE) == LINEAR_RUN,
         f"runs of {LINEAR_RUN_LONG} in a Linear of 2048": _linear_run(2048) == LINEAR_RUN_LONG,
+        "the contract's exponential in softmax": _last_probability() == 0.310546875,
     }
     missing = [name for name, holds in checks.items() if not holds]
     if missing:
@@ -70,6 +71,13 @@ def _sum_of(summands: dict[int, float], *, rows: int, length: int) -> float:
 def _linear_sum_of(summands: dict[int, float], *, rows: int, length: int) -> float:
     """Add planted summands, others 0, through a bf16 Linear."""
     return float(F.linear(_planted(summands, (rows, length)), torch.ones(64, length, dtype=torch.bfloat16))[0, 0])
+
+
+def _last_probability() -> float:
+    """Softmax in fp32, rounded, of a row whose last probability another exponential rounds to 0.3125."""
+    row = torch.full((37,), -200.0, dtype=torch.bfloat16)
+    row[[0, -2, -1]] = torch.tensor([0.0, -0.1328125, -0.1640625], dtype=torch.bfloat16)
+    return float(F.softmax(row, dim=-1, dtype=torch.float32).to(torch.bfloat16)[-1])
 
 
 def _planted(summands: dict[int, float], shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,17 +6,23 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import kvkern
 from kvkern.cli.app import ISA_VARIABLE, FormatOption, app
 from kvkern.cli.view import Format, fields, flat, print_result
 from kvkern.errors import KvkernError
 
+_ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Say also whether this model's own eager attention is stock eager's.")
+]
+
 
 @app.command()
-def env(output: FormatOption = Format.table) -> None:
-    """Show versions, the CPU, the C library, and which backend runs here.
+def env(model: _ModelOption = None, output: FormatOption = Format.table) -> None:
+    """Show versions, the CPU, the C library, and which backend runs here; with --model, what `patch` makes of a model.
 
     Example: kvkern env --format json
     """
@@ -40,7 +46,26 @@ def env(output: FormatOption = Format.table) -> None:
         "linear": _linear(),
         "stock": dataclasses.asdict(stock_order()),
     }
+    if model is not None:
+        data["model"] = _model(model)
     print_result(output, data, fields({name: "-" if value is None else value for name, value in flat(data)}))
+
+
+def _model(name: str) -> dict[str, Any]:
+    """Compare a model's own eager attention with stock eager's, and say what `patch` does."""
+    from kvkern.cli.loading import Attention, load
+
+    network, _ = load(name, Attention.eager)
+    from kvkern.model_patch.eager_form import check_form
+    from kvkern.model_patch.register import patch
+
+    found: dict[str, Any] = {"name": name}
+    try:
+        found["eager"] = dataclasses.asdict(check_form(network))
+        patch(network)
+    except KvkernError as error:
+        return {**found, "patch": f"refused: {error}"}
+    return {**found, "patch": "taken: its own eager has the form of stock eager"}
 
 
 def _version(package: str) -> str | None:

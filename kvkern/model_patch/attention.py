@@ -12,6 +12,7 @@ from kvkern.contract import KEY_RUN, KEY_RUN_LONG
 from kvkern.errors import KvkernError, UnsupportedError
 from kvkern.kernels import native
 from kvkern.model_patch.cache import HANDLE_ATTRIBUTE, LayerHandle
+from kvkern.model_patch.calls import HARMLESS
 from kvkern.model_patch.gradients import refuse_gradient
 from kvkern.view import KVView
 
@@ -19,24 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvkern.attention import KeyRun, Profile
-
-# Keyword arguments of transformers that do not change what attention computes. generate() hands on the tokenizers that
-# it was given, for stop strings, with whatever it does not know.
-_HARMLESS = frozenset(
-    {
-        "tokenizer",
-        "assistant_tokenizer",
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "output_hidden_states",
-        "output_router_logits",
-        "num_items_in_batch",
-        "return_dict",
-        "position_embeddings",
-        "is_causal",  # False is refused
-    }
-)
 
 
 def attention_forward(
@@ -77,6 +60,10 @@ def attention_forward(
     if handle is None:
         out = _attend_plain(query, key, value, attention_mask, scaling, key_run, profile)
         return refuse_gradient(out, query, key, value, what="attention", training=module.training), None
+    if getattr(value, HANDLE_ATTRIBUTE, None) is not handle:
+        raise UnsupportedError(
+            f"{type(module).__name__} changes its values after the cache: kvkern reads them from the published blocks"
+        )
     batch, heads, rows, head_dim = query.shape
     out = query.new_empty(batch, rows, heads, head_dim)
     kv = handle.view(module, attention_mask, kwargs.get("position_ids"))
@@ -161,5 +148,5 @@ def _refuse(
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise UnsupportedError(f"{type(module).__name__} is not causal: kvkern computes causal attention only")
     for name, given in kwargs.items():
-        if name not in _HARMLESS and given is not None and given is not False:
+        if name not in HARMLESS and given is not None and given is not False:
             raise UnsupportedError(f"{name}={given!r} in attention: kvkern does not compute it")

@@ -8,6 +8,7 @@ import torch
 
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch.attending import attending_by
+from kvkern.model_patch.eager_form import require_form
 from kvkern.model_patch.register import IMPLEMENTATION, register
 from kvkern.model_patch.whole import is_entered
 from kvkern.probe import stock_order
@@ -34,20 +35,28 @@ def publisher_of(model: PreTrainedModel, attention: str, tokens: int) -> tuple[P
         The model that runs, sharing all weights, and the name of what attends, for the spec; None: as the model says.
 
     Raises:
-        UnsupportedError: `attention` is another word, or the model attends by a function that neither transformers
-            nor kvkern defines.
+        UnsupportedError: `attention` is another word; under `exact`, the model's own eager attention is not stock
+            eager; under `model`, it attends by a function that neither transformers nor kvkern defines.
     """
     if attention not in ATTENTIONS:
         raise UnsupportedError(f"attention is {attention!r}: take {' or '.join(map(repr, ATTENTIONS))}")
     if attention == "model" or is_entered(model):
         _require_known_attention(model)
         return model, None
+    _require_eager_form(model)
     register()
     own = model.config._attn_implementation
     if own != "eager":
         return attending_by(model, IMPLEMENTATION), IMPLEMENTATION
     is_equal = model.device.type == "cpu" and tokens > PARITY_TOKENS and stock_order().follows
     return attending_by(model, IMPLEMENTATION if is_equal else own), own
+
+
+def _require_eager_form(model: PreTrainedModel) -> None:
+    try:
+        require_form(model)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error}. Or publish what the model computes as it is: attention='model'") from None
 
 
 def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:

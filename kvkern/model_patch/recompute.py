@@ -10,10 +10,11 @@ from torch import nn
 
 from kvkern.contract import KEY_RUN, TILE_TOKENS, stock_key_run
 from kvkern.environment import cpu_isa
-from kvkern.errors import KVMismatchError
+from kvkern.errors import KVMismatchError, UnsupportedError
 from kvkern.model_patch.adapters import base_model, quantization_of
 from kvkern.model_patch.attending import attending_by
 from kvkern.model_patch.computing import PARITY_TOKENS, prefill
+from kvkern.model_patch.eager_form import check_form
 from kvkern.model_patch.register import CONTRACT_IMPLEMENTATION, LONG_RUN_IMPLEMENTATION, register, under_contract
 from kvkern.probe import stock_order
 
@@ -98,6 +99,8 @@ def bit_rule_obstacle(spec: KVSpec, model: PreTrainedModel) -> str | None:
     attention = info.get("attn_implementation")
     if attention not in _BITS_OF:
         return f"the document was computed by {attention!r}"
+    if attention == "eager" and (form := _other_form(model)) is not None:
+        return f"the model's own eager attention is not stock eager: {form}"
     if info.get("compiled"):
         return "the document was computed by a compiled model"
     for name, here in (("device", cpu_isa()), ("torch", str(torch.__version__))):
@@ -235,6 +238,14 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Relative Frobenius distance of each layer, `[layers]` fp64."""
     a, b = (x.double().flatten(1) for x in (a, b))
     return (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _other_form(model: PreTrainedModel) -> str | None:
+    try:
+        form = check_form(model)
+    except UnsupportedError as error:
+        return str(error)
+    return None if form.equal else form.reason
 
 
 def _not_dense(model: PreTrainedModel) -> str | None:

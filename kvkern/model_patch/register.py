@@ -7,13 +7,13 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch import whole
+from kvkern.model_patch.eager_form import require_form
 from kvkern.model_patch.rope import give_rope_table
-from kvkern.model_patch.support import other_than_full_causal
+from kvkern.model_patch.support import require_supported
 from kvkern.probe import stock_order
+from kvkern.waived import waive, withdraw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,6 +60,7 @@ def patch(
     profile: str = "exact",
     scope: str = "attention",
     rope_table: RopeTable | None = None,
+    allow_other_bits: bool = False,
 ) -> None:
     """Make a Hugging Face model compute through kvkern; `unpatch` undoes it.
 
@@ -71,9 +72,13 @@ def patch(
             `model`: every operation of a Qwen3 or Llama follows the numeric contract, so that KV and logits are a
             function of weights and tokens alone; the weights of Linear are laid out anew, in place.
         rope_table: for scope `model` on a host whose torch does not follow the contract: `store.rope_table(digest)`.
+        allow_other_bits: patch a model whose own eager attention rounds elsewhere than stock eager, such as GPT-2's
+            softmax in bf16, and compute stock eager's bits instead of its own. `resolve` then says so. Under `fast`
+            such a model needs no permission. A model that computes another function (softcap, sinks) is refused always.
 
     Raises:
-        UnsupportedError: the model, profile or scope is outside what kvkern computes; the message names what.
+        UnsupportedError: the model, profile or scope is outside what kvkern computes, or the model's own eager
+            attention is not stock eager's; the message names what.
     """
     if profile not in ("exact", "fast"):
         raise UnsupportedError(f"profile {profile!r} is not available: take 'exact' or 'fast'")
@@ -83,7 +88,8 @@ def patch(
         give_rope_table(model, rope_table)
     if profile == "fast":
         _require_fast(model, scope)
-    _select(model, scope, k_major=True, name=FAST_IMPLEMENTATION if profile == "fast" else None)
+    name = FAST_IMPLEMENTATION if profile == "fast" else None
+    _select(model, scope, k_major=True, name=name, allow_other_bits=allow_other_bits)
     model.init_continuous_batching = refuse_continuous_batching
 
 
@@ -94,6 +100,7 @@ def unpatch(model: PreTrainedModel) -> None:
     if is_patched(model.config):
         model.set_attn_implementation(getattr(model, _PREVIOUS, "sdpa"))
     model.__dict__.pop("init_continuous_batching", None)
+    withdraw(model)
 
 
 def refuse_continuous_batching(*_: Any, **__: Any) -> None:
@@ -161,8 +168,12 @@ def _require_fast(model: PreTrainedModel, scope: str) -> None:
         raise UnsupportedError(f"head_dim is {head_dim}: profile 'fast' computes 64 and 128, take profile 'exact'")
 
 
-def _select(model: PreTrainedModel, scope: str, *, k_major: bool, name: str | None = None) -> None:
+def _select(
+    model: PreTrainedModel, scope: str, *, k_major: bool, name: str | None = None, allow_other_bits: bool = False
+) -> None:
     require_supported(model)
+    is_fast = name == FAST_IMPLEMENTATION
+    form = require_form(model, allow_other_bits=allow_other_bits or is_fast)
     register()
     if whole.is_entered(model):
         whole.leave(model)
@@ -171,29 +182,8 @@ def _select(model: PreTrainedModel, scope: str, *, k_major: bool, name: str | No
     if not is_patched(model.config):
         setattr(model, _PREVIOUS, model.config._attn_implementation)
     model.set_attn_implementation(name or SCOPES[scope])
-
-
-def require_supported(model: PreTrainedModel) -> None:
-    """Refuse a model whose attention is not plain full causal attention in bf16.
-
-    Raises:
-        UnsupportedError: naming the property.
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedError(
-            f"{name} does not use transformers' attention interface: kvkern cannot reach its attention"
-        )
-    if model.dtype != torch.bfloat16:
-        raise UnsupportedError(
-            f"{name} computes in {model.dtype}: kvkern is exact in bfloat16, load it with dtype=torch.bfloat16"
-        )
-    reason = other_than_full_causal(model)
-    if reason is not None:
-        raise UnsupportedError(f"{name} {reason}: kvkern computes full causal attention only")
-    for field, what in (("attn_logit_softcapping", "softcap"), ("use_sinks", "attention sinks")):
-        if getattr(config, field, None):
-            raise UnsupportedError(
-                f"{name} uses {what} ({field}={getattr(config, field)!r}): kvkern does not compute it"
-            )
+    if not is_patched(model.config):
+        raise UnsupportedError(f"{type(model).__name__} does not let its attention implementation be set")
+    withdraw(model)
+    if not (form.equal or is_fast):
+        waive(model, f"{type(model).__name__}'s own eager ({form.reason})")

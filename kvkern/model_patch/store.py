@@ -97,8 +97,9 @@ class Store:
         from kvkern.model_patch.as_configured import require_as_configured, require_no_dropout
         from kvkern.model_patch.computing import prefill, publisher_of
         from kvkern.model_patch.identity import spec_of
-        from kvkern.model_patch.register import require_supported, under_contract
+        from kvkern.model_patch.register import under_contract
         from kvkern.model_patch.rope import require_trusted
+        from kvkern.model_patch.support import require_supported
 
         if producer not in PRODUCERS:
             raise UnsupportedError(f"producer {producer!r} is not available: take {' or '.join(map(repr, PRODUCERS))}")

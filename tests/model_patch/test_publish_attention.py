@@ -103,3 +103,21 @@ def test_raises_publish__an_attention_function_of_somebody_else(store: kvkern.St
     with pytest.raises(UnsupportedError, match=r"'mine' is a function of .*test_publish_attention"):
         store.publish(model, doc, attention="model")
     assert store.publish(model, doc).tokens == len(doc)  # kvkern's attention is known
+
+
+def test_publish__a_family_whose_eager_is_another_says_to_take_the_model_as_it_is(store: kvkern.Store) -> None:
+    """GPT-2 takes its softmax in bf16; its own document is judged by distance, never by stock eager's bits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=2, n_positions=256, bos_token_id=1, eos_token_id=1)
+    model = GPT2LMHeadModel._from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    ids = torch.randint(2, 64, (150,)).tolist()
+    with pytest.raises(UnsupportedError, match=r"GPT2LMHeadModel.*softmax in bfloat16.*attention='model'"):
+        store.publish(model, ids)
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        digest = store.publish(model, ids, attention="model").digest
+        prefix = store.open(digest, model, check="recompute")
+        assert prefix.spec.producer_info["attn_implementation"] == attention
+        assert prefix.recomputed.rule == "distance"
