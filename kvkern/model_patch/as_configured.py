@@ -68,7 +68,7 @@ def unnamed_change(model: PreTrainedModel) -> str | None:
     if found is not None:
         return found
     try:
-        expected = _expected_of(type(root), _config_key(root.config), _Box(root))
+        expected = _expected_of(type(root), root.dtype, _config_key(root.config), _Box(root))
     except Exception as error:  # a constructor may raise anything
         return f"{type(root).__name__} cannot be built from its own configuration ({type(error).__name__}: {error})"
     return quantization_change(root) or _compare(type(root).__name__, root, expected, root)
@@ -111,16 +111,16 @@ class _Box:
 
 
 @lru_cache(maxsize=8)
-def _expected_of(kind: type[PreTrainedModel], config_key: str, box: _Box) -> _Expected:
-    """Build the model without weights; about 10 ms for 30 layers."""
+def _expected_of(kind: type[PreTrainedModel], dtype: torch.dtype, config_key: str, box: _Box) -> _Expected:
+    """Build the model without weights, as from_pretrained(dtype=) does; about 10 ms for 30 layers."""
     from transformers.initialization import no_init_weights
+    from transformers.modeling_utils import local_torch_dtype
 
     config = copy.deepcopy(box.model.config)
     config._attn_implementation = "eager"
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"), no_init_weights(), local_torch_dtype(dtype, kind.__name__):
         built = kind(config)
-    configs: dict[int, dict[str, Any]] = {}
-    return _described(built, built, configs)
+        return _described(built, built, {})
 
 
 def _described(module: nn.Module, root: PreTrainedModel, configs: dict[int, dict[str, Any]]) -> _Expected:
@@ -157,10 +157,18 @@ def _computed_buffers(module: nn.Module, root: PreTrainedModel) -> dict[str, Ten
     if not names:
         return {}
     alone = copy.copy(module)
-    alone._buffers = {name: torch.full_like(module._buffers[name], torch.nan, device="cpu") for name in names}
+    alone._buffers = {name: _unset(module._buffers[name]) for name in names}
     with torch.device("cpu"), torch.no_grad():
         root._init_weights(alone)
-    return {name: buffer for name, buffer in alone._buffers.items() if not bool(buffer.isnan().any())}
+    return {name: value for name, value in alone._buffers.items() if not torch.equal(value, _unset(value))}
+
+
+def _unset(like: Tensor) -> Tensor:
+    """Return a buffer of values that nobody computes."""
+    if like.dtype == torch.bool:
+        return torch.zeros_like(like, device="cpu")
+    info = torch.finfo if like.is_floating_point() else torch.iinfo
+    return torch.full_like(like, info(like.dtype).min, device="cpu")
 
 
 def _compare(where: str, module: nn.Module, expected: _Expected, root: PreTrainedModel) -> str | None:

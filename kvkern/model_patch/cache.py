@@ -141,7 +141,7 @@ class PrefixCache(Cache):
             self._lengths["query_len"],
         )
         layer.columns = step.columns[1]
-        handle = torch.empty(0, device="meta")
+        handle = torch.empty((0, 0, 0, 0), device="meta")  # a model that cuts or repeats it comes as far as attention
         recorded = (key_states, value_states) if would_flow(key_states, value_states) else ()
         setattr(handle, HANDLE_ATTRIBUTE, LayerHandle(self, layer_idx, recorded))
         return handle, handle

@@ -11,7 +11,7 @@ import kvkern
 from kvkern import UnsupportedError
 from kvkern.model_patch.attending import attending_by
 from kvkern.model_patch.computing import prefill
-from tests.model_patch.conftest import tiny
+from tests.model_patch.conftest import SIZES, tiny
 from tests.support.bits import differing
 from tests.support.models import stock_cache
 from tests.support.stock import needs_stock_order
@@ -121,3 +121,26 @@ def test_publish__a_family_whose_eager_is_another_says_to_take_the_model_as_it_i
         prefix = store.open(digest, model, check="recompute")
         assert prefix.spec.producer_info["attn_implementation"] == attention
         assert prefix.recomputed.rule == "distance"
+
+
+def test_raises_generate__a_model_that_changes_its_values_after_the_cache(store: kvkern.Store) -> None:
+    """DiffLlama cuts them: it has no use for tiles, and is told so by name. Without a prefix it runs, and equal."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = DiffLlamaConfig(**SIZES)
+    model = DiffLlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    digest = store.publish(model, list(range(2, 62)) * 2).digest
+    prefix = store.open(digest, model, check="recompute")
+    assert prefix.recomputed.rule == "distance"
+    kvkern.patch(model)
+    with pytest.raises(UnsupportedError, match="DiffLlamaAttention changes its values after the cache"):
+        model.generate(**prefix.prepare([5, 6]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["gemma", "bert"])
+def test_as_configured__buffers_of_other_dtypes_and_integers(family: str) -> None:
+    from kvkern.model_patch.as_configured import unnamed_change
+    from tests.support import families
+
+    assert unnamed_change(families.build(family)) is None
