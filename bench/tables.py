@@ -31,6 +31,7 @@ LABELS = {
     "first-open": "open, first in a process",
     "later-open": "open, later",
     "recompute-open": "open, later, both ends computed again",
+    "form-check": "what patch asks of an eager function, once",
     "model-checks": "what of an open is about the model: spec, and what no spec names",
     "next-reader": "one more reader of an open prefix",
     "read-file": "plain read into one buffer",

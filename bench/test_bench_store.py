@@ -16,7 +16,7 @@ from bench.rotation import REPLAYED, Cell, Variant, replay, rotate
 from bench.shapes import PREFIX_TOKENS, SHORT_TOKENS
 from kvkern import weights
 from kvkern.layout import shard
-from kvkern.model_patch import as_configured
+from kvkern.model_patch import as_configured, calls, eager_form
 from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.store import difference
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = REPLAYED
 _PREFILLS = ("eager-prefill", "sdpa-prefill", "kvkern-prefill", "kvkern-publish")
-_OPENS = ("first-open", "later-open", "recompute-open", "model-checks", "next-reader")
+_OPENS = ("first-open", "later-open", "recompute-open", "model-checks", "form-check", "next-reader")
 _EAGER_ROUNDS = {SHORT_TOKENS: 3, PREFIX_TOKENS: 1}
 
 
@@ -95,6 +95,10 @@ def _opens(prefix: kvkern.Prefix, store: kvkern.Store, question: list[int], info
     def recompute(_: int) -> None:
         store.open(prefix.digest, prefix.model, check="recompute").prepare(question)
 
+    def forget_form() -> None:
+        eager_form._JUDGED.clear()
+        calls._call_site.cache_clear()
+
     def check_model(_: int) -> None:
         difference(prefix.spec, prefix.model, None, None, contract=False)
         as_configured.require_as_configured(prefix.model)
@@ -105,6 +109,7 @@ def _opens(prefix: kvkern.Prefix, store: kvkern.Store, question: list[int], info
         Variant("later-open", attach, None, info),
         Variant("recompute-open", recompute, None, info),
         Variant("model-checks", check_model, None, info),
+        Variant("form-check", lambda _: eager_form.check_form(prefix.model), forget_form, info),
         Variant("next-reader", lambda _: prefix.prepare(question), None, info),
     ]
 
