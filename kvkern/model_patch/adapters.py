@@ -7,9 +7,11 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch.forwards import is_compile_wrapper, package_of
+from kvkern.spec import ABSENT, canonical_json, tagged_sha256
 from kvkern.weights import cached_weights_digest
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
         "active": _uniform({where: _joined(layer.active_adapters) for where, layer in layers.items()}),
         "merged": _uniform({where: _joined(layer.merged_adapters) for where, layer in layers.items()}),
         "layers": _settings({where: _own_scalars(layer) for where, layer in layers.items()}),
+        "modules": _modules_digest(layers),
         "attached": {
             escaped(name): {
                 "config": _peft_config(configs.get(name)),
@@ -173,7 +176,7 @@ def _uniform(values: dict[str, Any]) -> Any:
 def _settings(per_layer: dict[str, dict[str, Any]]) -> dict[str, Any]:
     names = sorted({name for settings in per_layer.values() for name in settings})
     return {
-        escaped(name): _uniform({where: settings[name] for where, settings in per_layer.items() if name in settings})
+        escaped(name): _uniform({where: settings.get(name, ABSENT) for where, settings in per_layer.items()})
         for name in names
     }
 
@@ -185,6 +188,16 @@ def _own_scalars(layer: nn.Module) -> dict[str, Any]:
         if not name.startswith("_") and name not in _SIZES and type(value) in (bool, int, float, str)
     }
     return {"kind": f"{type(layer).__module__}.{type(layer).__qualname__}", **scalars}
+
+
+def _modules_digest(layers: dict[str, nn.Module]) -> str:
+    """Digest the classes and attributes of the modules that adapters consist of, dropout's aside."""
+    found: dict[str, Any] = {}
+    for where, layer in layers.items():
+        for name, module in layer.named_modules():
+            if name and not name.startswith(("base_layer", "original_module")):
+                found[f"{where}.{name}"] = {} if isinstance(module, _DropoutNd) else _own_scalars(module)
+    return tagged_sha256("kvkern-adapter-modules-v1", canonical_json(found)).hex()
 
 
 def _scalars_of(layer: nn.Module, adapter: str) -> dict[str, Any]:

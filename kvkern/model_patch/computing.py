@@ -9,6 +9,7 @@ import torch
 from kvkern.errors import UnsupportedError
 from kvkern.model_patch.attending import attending_by
 from kvkern.model_patch.eager_form import require_form
+from kvkern.model_patch.forwards import package_of, wrapped_chain
 from kvkern.model_patch.register import IMPLEMENTATION, register
 from kvkern.model_patch.whole import is_entered
 from kvkern.probe import stock_order
@@ -41,10 +42,11 @@ def publisher_of(model: PreTrainedModel, attention: str, tokens: int) -> tuple[P
     if attention not in ATTENTIONS:
         raise UnsupportedError(f"attention is {attention!r}: take {' or '.join(map(repr, ATTENTIONS))}")
     if attention == "model" or is_entered(model):
-        _require_known_attention(model)
+        _require_known_attention(model.config._attn_implementation)
         return model, None
     _require_eager_form(model)
     register()
+    _require_known_attention(IMPLEMENTATION)
     own = model.config._attn_implementation
     if own != "eager":
         return attending_by(model, IMPLEMENTATION), IMPLEMENTATION
@@ -80,16 +82,17 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
         )
 
 
-def _require_known_attention(model: PreTrainedModel) -> None:
-    from transformers import AttentionInterface
+def _require_known_attention(name: str) -> None:
+    """Refuse an attention implementation whose function, or mask, somebody else has registered."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = model.config._attn_implementation
-    function = AttentionInterface().get(name)
-    if name in (None, "eager"):
-        return
-    home = getattr(getattr(function, "func", function), "__module__", None)
-    if (home or "").partition(".")[0] not in ("transformers", "kvkern"):
-        raise UnsupportedError(
-            f"attention implementation {name!r} is a function of {home}: what it computes is not known. Take "
-            "attention='exact', or an implementation of transformers"
-        )
+    for what, registry in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+        function = dict(registry).get(name)
+        function = getattr(function, "func", function)
+        foreign = [f for f in wrapped_chain(function) if package_of(f) not in ("transformers", "kvkern")]
+        if foreign:
+            raise UnsupportedError(
+                f"{what} implementation {name!r} is a function of {foreign[0].__globals__.get('__name__')}: what it "
+                "computes is not known. Take attention='exact', or an implementation of transformers"
+            )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
     Forward = Callable[..., Any]
 
 _OWN: set[Any] = set()
+_TORCH = ("add", "bmm", "cat", "cos", "einsum", "matmul", "mean", "mul", "outer", "pow", "rsqrt", "sin", "softmax")
+# Methods by which a module computes and tells its weights.
+_METHODS = frozenset(
+    {"__init__", "__call__", "_call_impl", "__getattr__", "forward", "state_dict", "_save_to_state_dict"}
+)
 _HARMLESS_HOOKS = frozenset(
     {
         ("transformers", "output_capturing_hook"),
@@ -51,11 +59,12 @@ def foreign_code(model: nn.Module, packages: frozenset[str] = frozenset()) -> st
         capture, accelerate's placement hooks, kvkern's forwards and `torch.compile` around a class's own forward are
         known and are passed over.
     """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "torch.nn.Module has a forward hook for all modules"
+    everywhere = _foreign_everywhere(_KNOWN_PACKAGES | packages)
+    if everywhere is not None:
+        return everywhere
     kinds: set[type] = set()
     for name, module in model.named_modules():
-        found = _foreign_on(module)
+        found = _foreign_on(module, _KNOWN_PACKAGES | packages)
         if found is None and type(module) not in kinds:
             kinds.add(type(module))
             found = _foreign_in_class(type(module), _KNOWN_PACKAGES | packages)
@@ -94,7 +103,39 @@ def is_placement(module: nn.Module) -> bool:
     return forward.func.__module__ == "accelerate.hooks" and _is_own_or_kvkerns(module, module.__dict__["_old_forward"])
 
 
-def _foreign_on(module: nn.Module) -> str | None:
+def _foreign_everywhere(packages: frozenset[str]) -> str | None:
+    """Find what changes all models of this process: global hooks, functions of torch, modes of this thread."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "torch.nn.Module has a forward hook for all modules"
+    known = packages | {"typing_extensions"} | sys.stdlib_module_names
+    used = {**vars(torch.nn.functional), **{name: getattr(torch, name) for name in _TORCH}}
+    for name, value in used.items():
+        if type(value) is FunctionType and any(package_of(f) not in known for f in wrapped_chain(value)):
+            return f"torch's {name} has been replaced ({_name_of(value)})"
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        if package_of(type(mode)) != "torch":
+            return f"a mode of torch is on ({_name_of(type(mode))})"
+    return None
+
+
+def _foreign_on(module: nn.Module, packages: frozenset[str]) -> str | None:
+    own = module.__dict__
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and package_of(type(tensor)) not in packages:
+            return f"a tensor of the class {_name_of(type(tensor))} as its {name}"
+    for held in (module._parameters, module._buffers, module._modules):
+        if shadowed := own.keys() & held.keys():
+            return f"an attribute in the place of its {min(shadowed)}"
+    if changed := (own.keys() & _METHODS) - {"forward"}:
+        return f"a {min(changed)} of its own"
+    for hook in (*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()):
+        if package_of(getattr(hook, "__func__", hook)) not in packages:
+            return f"a hook of its state dict ({_name_of(hook)})"
+    compiled = module._compiled_call_impl
+    if compiled is not None:
+        original = getattr(_compiled_original(compiled), "__func__", None)
+        if original is not torch_module.Module._call_impl:
+            return f"a compiled call of its own ({_name_of(compiled)})"
     forward = module.__dict__.get("forward")
     if forward is not None and not (is_kvkern_forward(module) or is_placement(module) or is_compile_wrapper(module)):
         original = _compiled_original(forward)
@@ -128,36 +169,51 @@ def _is_harmless(hook: Any) -> bool:
 
 
 def _foreign_in_class(kind: type[nn.Module], packages: frozenset[str]) -> str | None:
-    """Find a class, a forward, or a function that it calls, which another package has put into the model's code."""
+    """Find a method, or a function that a forward calls, which another package has put into the model's code."""
     if package_of(kind) not in packages:
         return f"the class {_name_of(kind)} of another package"
-    owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
-    function = _unwrapped(owner.__dict__["forward"])
-    if function is None:
-        return None
-    if package_of(function) != package_of(owner):
-        return f"a forward that {_name_of(function)} has replaced in {owner.__name__}"
-    for called in _functions_called(function):
-        if package_of(called) not in packages:
-            return f"a forward that calls {_name_of(called)}"
+    for name in _METHODS:
+        owner = next(base for base in kind.__mro__ if name in base.__dict__ or base is object)
+        for function in wrapped_chain(owner.__dict__.get(name)):
+            if package_of(function) not in packages:
+                return f"a {name} that {_name_of(function)} has replaced in {owner.__name__}"
+    seen: set[Any] = set()
+    for function in wrapped_chain(kind.forward):
+        found = _foreign_call(function, packages, seen)
+        if found is not None:
+            return f"a forward that calls {found}"
     return None
 
 
-def _functions_called(function: FunctionType) -> Iterator[FunctionType]:
+def _foreign_call(function: FunctionType, packages: frozenset[str], seen: set[Any]) -> str | None:
+    """Find a function of another package among those that a function of a model's own module calls, and so on."""
     for name in function.__code__.co_names:
         called = function.__globals__.get(name)
-        if isinstance(called, FunctionType):
-            yield _unwrapped(called) or called
+        if not isinstance(called, FunctionType) or called in seen:
+            continue
+        seen.add(called)
+        for link in wrapped_chain(called):
+            if package_of(link) not in packages:
+                return _name_of(link)
+            if ".models." in link.__globals__.get("__name__", ""):
+                found = _foreign_call(link, packages, seen)
+                if found is not None:
+                    return found
+    return None
 
 
-def _unwrapped(function: Any) -> FunctionType | None:
-    function = inspect.unwrap(function)
-    return function if isinstance(function, FunctionType) else None
+def wrapped_chain(function: Any) -> Iterator[FunctionType]:
+    """Yield a function, what it wraps, and so on: `functools.wraps` copies names, not code."""
+    while function is not None:
+        if isinstance(function, FunctionType):
+            yield function
+        function = getattr(function, "__wrapped__", None)
 
 
 def package_of(thing: Any) -> str:
-    """Name the top-level package that defines a class or a function."""
-    return (getattr(thing, "__module__", None) or "").partition(".")[0]
+    """Name the top-level package that defines a class, or in which a function's code stands."""
+    home = thing.__globals__.get("__name__") if isinstance(thing, FunctionType) else getattr(thing, "__module__", None)
+    return (home or "").partition(".")[0]
 
 
 def _name_of(thing: Any) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from kvkern.contract import KEY_RUN, TILE_TOKENS, stock_key_run
 from kvkern.environment import cpu_isa
 from kvkern.errors import KVMismatchError, UnsupportedError
-from kvkern.model_patch.adapters import base_model, quantization_of
+from kvkern.model_patch.adapters import adapted_module, base_model, quantization_of
 from kvkern.model_patch.attending import attending_by
 from kvkern.model_patch.computing import PARITY_TOKENS, prefill
 from kvkern.model_patch.eager_form import check_form
@@ -268,7 +268,7 @@ def _not_dense(model: PreTrainedModel) -> str | None:
 
 
 def _require_vocabulary(prefix: Prefix, model: PreTrainedModel) -> None:
-    ids, vocabulary = prefix.token_ids, model.get_input_embeddings().num_embeddings
+    ids, vocabulary = prefix.token_ids, adapted_module(model.get_input_embeddings()).weight.shape[0]
     if int(ids.max()) >= vocabulary:
         token = int((ids >= vocabulary).nonzero()[0])
         raise KVMismatchError(

@@ -105,7 +105,7 @@ def test_raises_open__adapters_that_differ_in_one_thing(store: kvkern.Store, doc
     for other, field in (
         (wrapped(64), "config.adapters.attached.first.config.lora_alpha"),
         (wrapped(use_rslora=True), "config.adapters.attached.first.config.use_rslora"),
-        (with_second(wrapped()), "config.adapters.attached.second"),
+        (with_second(wrapped()), "config.adapters."),
     ):
         with pytest.raises(SpecMismatchError) as caught:
             store.open(digest, other)
@@ -145,6 +145,40 @@ def test_raises_adapters__a_hook_inside_of_one_is_found(store: kvkern.Store, doc
     layer.lora_B["first"].register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(UnsupportedError, match=r"q_proj\.lora_B\.first has a forward hook"):
         store.publish(model, doc)
+
+
+def test_raises_open__modules_inside_of_an_adapter(store: kvkern.Store, doc: list[int]) -> None:
+    """A dropout that computes something, a variant that one layer lacks, a copied norm of another eps."""
+
+    def softplus(model: peft.PeftModel) -> None:
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_dropout["first"] = torch.nn.Softplus()
+
+    def variant(model: peft.PeftModel) -> None:
+        del model.base_model.model.model.layers[0].self_attn.q_proj.lora_variant["first"]
+
+    def copied_eps(model: peft.PeftModel) -> None:
+        model.base_model.model.model.layers[1].input_layernorm.modules_to_save["first"].variance_epsilon = 0.5
+
+    for changes, change, field in (
+        ({}, softplus, "modules"),
+        ({"use_dora": True}, variant, "attached.first.settings.lora_variant"),
+        ({"modules_to_save": ["input_layernorm"]}, copied_eps, "modules"),
+    ):
+        model = wrapped(**changes)
+        digest = store.publish(model, doc).digest
+        store.open(digest, model, check="recompute")
+        change(model)
+        with pytest.raises(SpecMismatchError) as caught:
+            store.open(digest, model)
+        assert caught.value.field.startswith(f"config.adapters.{field}"), caught.value.field
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}])
+def test_open__an_adapter_of_the_embedding_is_recomputed(changes: dict, store: kvkern.Store, doc: list[int]) -> None:
+    torch.manual_seed(4)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **changes})
+    model = peft.get_peft_model(tiny("qwen3"), config).eval()
+    store.open(store.publish(model, doc).digest, model, check="recompute")
 
 
 @pytest.fixture(scope="module")
