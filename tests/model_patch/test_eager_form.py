@@ -60,7 +60,6 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         ("gemma2", {**FULL, "sliding_window": None}, "a softcap of the scores", False),
         ("gpt_oss", {**FULL, "sliding_window": None}, "attention sinks", False),
         ("granite_swa", {**FULL, "sliding_window": None}, "attention sinks", False),
-        ("flint", {**FULL, "sliding_window": 0}, "attention sinks", False),
     ],
 )
 def test_bits_form__other_forms_are_found_by_name(family, changes, what, rounds_elsewhere, host) -> None:
@@ -112,8 +111,10 @@ def _eager(order: str):
         groups = module.num_key_value_groups
         scaling = query.shape[-1] ** -0.5 if scaling is None and order != "default scaling" else scaling or 1.0
         k, v = repeat_kv(key, groups), repeat_kv(value, groups)
-        if order == "heads":
-            k, v = key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1)
+        if order == "key heads":
+            k = key.repeat(1, groups, 1, 1)
+        if order == "value heads":
+            v = value.repeat(1, groups, 1, 1)
         if order == "scaling ignored":
             scaling = query.shape[-1] ** -0.5
         if order == "queries scaled":
@@ -126,7 +127,13 @@ def _eager(order: str):
             scores = scores + attention_mask
         if order == "temperature":
             scores = scores / 1.1
-        p = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+        if order == "wide softcap":
+            scores = 500 * torch.tanh(scores / 500)
+        if order == "clamped":
+            scores = scores.clamp(max=64.0)
+        if order == "faint sink":
+            scores = torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), -20.0)], -1)
+        p = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]]
         out = p @ v.float() if order == "unrounded" else p.to(v.dtype) @ v
         return out.to(v.dtype).transpose(1, 2).contiguous(), p
 
@@ -136,7 +143,11 @@ def _eager(order: str):
 @pytest.mark.parametrize(
     ("order", "rounds_elsewhere", "what"),
     [
-        ("heads", False, "another form"),
+        ("key heads", False, "another form"),
+        ("value heads", False, "another form"),
+        ("wide softcap", False, "another form"),
+        ("clamped", False, "another form"),
+        ("faint sink", False, "another form"),
         ("scaling ignored", False, "another form"),
         ("default scaling", False, "another form"),
         ("temperature", False, "another form"),
