@@ -112,7 +112,7 @@ def _samples(tensors: Sequence[Tensor]) -> list[bytes]:
     lines: list[bytes] = [b""] * len(tensors)
     elsewhere: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for i, tensor in enumerate(tensors):
-        if not tensor.numel() or tensor.is_meta or tensor.layout != torch.strided:
+        if not _has_memory(tensor):
             continue
         extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         size = extent * tensor.element_size()
@@ -128,6 +128,14 @@ def _samples(tensors: Sequence[Tensor]) -> list[bytes]:
         for (i, _), part in zip(found, every, strict=True):
             lines[i] = part.numpy().tobytes()
     return lines
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor's elements lie where its address says; a subclass may keep them elsewhere."""
+    kind = type(tensor)
+    if kind not in (Tensor, torch.nn.Parameter) and kind.__module__.partition(".")[0] != "bitsandbytes":
+        return False
+    return bool(tensor.numel()) and not tensor.is_meta and tensor.layout == torch.strided and tensor.data_ptr() != 0
 
 
 @functools.lru_cache(maxsize=4096)

@@ -113,9 +113,17 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
     return {} if settings.get("dequantize") is True else escaped_tree(settings)
 
 
-def is_quantized(module: nn.Module, root: nn.Module) -> bool:
-    """Tell whether a module is what a quantiser has put in a Linear's place, on a model whose spec names it."""
-    return package_of(type(module)) in QUANTIZERS and bool(quantization_of(root))
+def is_quantized(module: nn.Module, kind: type[nn.Module], root: nn.Module) -> bool:
+    """Tell whether a module is what a quantiser has put in the place of a module of that kind that holds weights.
+
+    Only on a model whose spec names the quantisation; shapes are in the digest of its weights.
+    """
+    home = type(module).__module__
+    is_quantizers = package_of(type(module)) in QUANTIZERS - {"transformers"} or home.startswith(
+        "transformers.integrations."
+    )
+    holds_weights = issubclass(kind, (nn.Linear, nn.Embedding)) or kind.__name__.endswith(("Conv1D", "Experts"))
+    return is_quantizers and holds_weights and bool(quantization_of(root))
 
 
 def quantization_change(root: PreTrainedModel) -> str | None:

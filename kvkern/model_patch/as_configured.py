@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,7 @@ def unnamed_change(model: PreTrainedModel) -> str | None:
     if found is not None:
         return found
     try:
-        expected = _expected_of(type(root), root.dtype, _config_key(root.config), _Box(root))
+        expected = _expected_of(type(root), _config_key(root.config), _Box(root))
     except Exception as error:  # a constructor may raise anything
         return f"{type(root).__name__} cannot be built from its own configuration ({type(error).__name__}: {error})"
     return quantization_change(root) or _compare(type(root).__name__, root, expected, root)
@@ -111,14 +111,14 @@ class _Box:
 
 
 @lru_cache(maxsize=8)
-def _expected_of(kind: type[PreTrainedModel], dtype: torch.dtype, config_key: str, box: _Box) -> _Expected:
-    """Build the model without weights, as from_pretrained(dtype=) does; about 10 ms for 30 layers."""
-    from transformers.initialization import no_init_weights
-    from transformers.modeling_utils import local_torch_dtype
+def _expected_of(kind: type[PreTrainedModel], config_key: str, box: _Box) -> _Expected:
+    """Build the model without weights; some 10 ms for 30 layers.
 
+    Only this thread may notice: transformers' `no_init_weights` and its default dtype are the whole process's.
+    """
     config = copy.deepcopy(box.model.config)
     config._attn_implementation = "eager"
-    with torch.device("meta"), no_init_weights(), local_torch_dtype(dtype, kind.__name__):
+    with torch.device("meta"):
         built = kind(config)
         return _described(built, built, {})
 
@@ -146,6 +146,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_named(value: Any) -> bool:
+    if isinstance(value, BuiltinFunctionType):
+        return True
     if not isinstance(value, FunctionType):
         return False
     return getattr(sys.modules.get(value.__module__), value.__name__, None) is value
@@ -177,12 +179,12 @@ def _compare(where: str, module: nn.Module, expected: _Expected, root: PreTraine
         module = module._orig_mod
     module = adapted_module(module)
     if type(module) is not expected.kind:
-        if is_quantized(module, root):
+        if is_quantized(module, expected.kind, root):
             return None
         return f"{where} is a {_full_name(type(module))}, its configuration gives a {_full_name(expected.kind)}"
     found = _compare_attributes(module, expected) or _compare_config(module, expected, root)
     if found is None:
-        found = _compare_buffers(module, expected)
+        found = _compare_buffers(module, expected, root)
     if found is not None:
         return f"{where}{found}"
     for name, child in expected.children.items():
@@ -226,17 +228,19 @@ def _compare_config(module: nn.Module, expected: _Expected, root: PreTrainedMode
     return None
 
 
-def _compare_buffers(module: nn.Module, expected: _Expected) -> str | None:
+def _compare_buffers(module: nn.Module, expected: _Expected, root: PreTrainedModel) -> str | None:
     for name, value in expected.buffers.items():
         own = getattr(module, name, None)
         if own is None or own.shape != value.shape:
             return f".{name} is not what its configuration gives"
+        if own.dtype == root.dtype and "inv_freq" not in name and value.is_floating_point():
+            value = value.to(own.dtype)  # a model that is built under its dtype has its plain buffers in it
         if own.dtype != value.dtype:
             return (
                 f".{name} is {own.dtype}, its configuration gives {value.dtype}: load the model with dtype=, not .to()"
             )
         apart = _apart(own, value)
-        if bool(apart.any()) and name == "inv_freq" and (other := _rope_of_a_longer_prompt(module)) is not None:
+        if bool(apart.any()) and name == "inv_freq" and (other := _rope_left_by_a_prompt(module)) is not None:
             apart = _apart(own, other)
         if bool(apart.any()):
             return f".{name} differs from its configuration's in {int(apart.sum())} of {value.numel()} elements"
@@ -247,18 +251,27 @@ def _apart(own: Tensor, value: Tensor) -> Tensor:
     return (own.detach().cpu().double() - value.double()).abs() > MOST_APART * value.double().abs()
 
 
-def _rope_of_a_longer_prompt(module: nn.Module) -> Tensor | None:
-    """Return the frequencies that a forward writes over a rotary embedding's own, for the longest prompt so far."""
+def rope_of_a_prompt(module: nn.Module, tokens: int) -> Tensor | None:
+    """Return the frequencies with which a fresh rotary embedding reads a prompt; None where length does not matter."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = getattr(module, "rope_type", None)
-    if kind == "dynamic":
-        tokens = int(module.max_seq_len_cached)
-    elif kind == "longrope":
-        tokens = module.config.rope_parameters["original_max_position_embeddings"] + 1
-    else:
+    if kind not in ("dynamic", "longrope"):
         return None
-    return ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"), seq_len=tokens)[0]
+    longest = module.original_max_seq_len
+    if kind == "longrope":
+        longest = module.config.rope_parameters["original_max_position_embeddings"]
+    if tokens <= longest:
+        return module.original_inv_freq.clone()
+    length = torch.tensor(tokens, device="cpu")  # as a forward has it: torch's arithmetic, not Python's
+    return ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"), seq_len=length)[0]
+
+
+def _rope_left_by_a_prompt(module: nn.Module) -> Tensor | None:
+    """Return the frequencies that the longest prompt so far has left; longrope leaves those of any long one."""
+    if getattr(module, "rope_type", None) == "longrope":
+        return rope_of_a_prompt(module, module.config.rope_parameters["original_max_position_embeddings"] + 1)
+    return rope_of_a_prompt(module, int(getattr(module, "max_seq_len_cached", 0)))
 
 
 def _grown_rope(model: nn.Module) -> str | None:

@@ -42,12 +42,14 @@ def publisher_of(model: PreTrainedModel, attention: str, tokens: int) -> tuple[P
     if attention not in ATTENTIONS:
         raise UnsupportedError(f"attention is {attention!r}: take {' or '.join(map(repr, ATTENTIONS))}")
     if attention == "model" or is_entered(model):
-        _require_known_attention(model.config._attn_implementation)
+        require_known_attention(model.config._attn_implementation)
         return model, None
     _require_eager_form(model)
     register()
-    _require_known_attention(IMPLEMENTATION)
+    require_known_attention(IMPLEMENTATION)
     own = model.config._attn_implementation
+    if own == "eager":
+        require_known_attention(own)
     if own != "eager":
         return attending_by(model, IMPLEMENTATION), IMPLEMENTATION
     is_equal = model.device.type == "cpu" and tokens > PARITY_TOKENS and stock_order().follows
@@ -82,7 +84,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
         )
 
 
-def _require_known_attention(name: str) -> None:
+def require_known_attention(name: str) -> None:
     """Refuse an attention implementation whose function, or mask, somebody else has registered."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

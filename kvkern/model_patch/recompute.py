@@ -12,10 +12,17 @@ from kvkern.contract import KEY_RUN, TILE_TOKENS, stock_key_run
 from kvkern.environment import cpu_isa
 from kvkern.errors import KVMismatchError, UnsupportedError
 from kvkern.model_patch.adapters import adapted_module, base_model, quantization_of
+from kvkern.model_patch.as_configured import rope_of_a_prompt
 from kvkern.model_patch.attending import attending_by
-from kvkern.model_patch.computing import PARITY_TOKENS, prefill
+from kvkern.model_patch.computing import PARITY_TOKENS, prefill, require_known_attention
 from kvkern.model_patch.eager_form import check_form
-from kvkern.model_patch.register import CONTRACT_IMPLEMENTATION, LONG_RUN_IMPLEMENTATION, register, under_contract
+from kvkern.model_patch.register import (
+    CONTRACT_IMPLEMENTATION,
+    IMPLEMENTATION,
+    LONG_RUN_IMPLEMENTATION,
+    register,
+    under_contract,
+)
 from kvkern.probe import stock_order
 
 if TYPE_CHECKING:
@@ -72,6 +79,9 @@ def recompute(prefix: Prefix, model: PreTrainedModel) -> Recomputed:
         Under the rule `bits` nothing may differ. It finds mistakes and not forgers: only both ends are read.
     """
     _require_vocabulary(prefix, model)
+    register()
+    for name in ("eager", "sdpa", IMPLEMENTATION, CONTRACT_IMPLEMENTATION, LONG_RUN_IMPLEMENTATION):
+        require_known_attention(name)
     with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         return _by_rule(prefix, model)
 
@@ -128,10 +138,10 @@ def compare_distances(prefix: Prefix, model: PreTrainedModel, reason: str = "ask
     worst = (0.0, 2 * LEAST_DISTANCE)
     for first, count in _ends(prefix.tokens):
         served = prefix.document.kv(first, count)
-        eager = _recomputed(prefix, attending_by(model, "eager"), first, count)
+        eager = _recomputed(prefix, _reader(prefix, model, "eager"), first, count)
         sdpa = eager
         if getattr(base_model(model), "_supports_sdpa", False):
-            sdpa = _recomputed(prefix, attending_by(model, "sdpa"), first, count)
+            sdpa = _recomputed(prefix, _reader(prefix, model, "sdpa"), first, count)
         skip = 1 if first == 0 and count > 1 else 0
         for part, mine, own, other in zip("KV", served, eager, sdpa, strict=True):
             distances = _distances(mine[:, :, skip:], own[:, :, skip:])
@@ -159,7 +169,21 @@ def _compare_stock_bits(prefix: Prefix, model: PreTrainedModel, reason: str) -> 
         return Recomputed("bits", reason, prefix.tokens)
     run = stock_key_run(tokens, tokens)
     name = CONTRACT_IMPLEMENTATION if run == KEY_RUN else LONG_RUN_IMPLEMENTATION
-    return _compare_bits(prefix, attending_by(model, name), run, reason)
+    return _compare_bits(prefix, _reader(prefix, model, name), run, reason)
+
+
+def _reader(prefix: Prefix, model: PreTrainedModel, implementation: str) -> PreTrainedModel:
+    """Return a model that attends so and rotates by the frequencies of the document's own prefill, whatever it reads.
+
+    Dynamic RoPE and longrope choose them by the longest position of a forward.
+    """
+    twin = attending_by(model, implementation)
+    for module in twin.modules():
+        frequencies = rope_of_a_prompt(module, prefix.document.manifest.num_tokens)
+        if frequencies is not None:
+            module._buffers["inv_freq"] = frequencies.to(module.inv_freq.device)
+            module.rope_type = "default"  # a forward leaves them alone
+    return twin
 
 
 def _compare_bits(prefix: Prefix, model: PreTrainedModel, run: int, reason: str) -> Recomputed:

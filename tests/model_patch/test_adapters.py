@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 import kvkern
 from kvkern import SpecMismatchError, UnsupportedError
@@ -213,6 +214,11 @@ def test_open__int8_reads_its_own_documents_and_no_other_thresholds(store, doc: 
         store.open(digest, int8(int8_folder, 1.0))
     with pytest.raises(SpecMismatchError, match=r"config\.quantization|'weights'"):
         store.open(digest, tiny("qwen3"))
+    own = model.model.layers[0].mlp.act_fn
+    model.model.layers[0].mlp.act_fn = ACT2FN["relu2"]
+    with pytest.raises(UnsupportedError, match=r"act_fn is a .*ReLUSquaredActivation, its configuration gives"):
+        store.open(digest, model)
+    model.model.layers[0].mlp.act_fn = own
     model.model.layers[0].mlp.up_proj.state.threshold = 1.0
     with pytest.raises(UnsupportedError, match=r"up_proj\.state\.threshold is 1\.0, its configuration gives 6\.0"):
         store.open(digest, model)

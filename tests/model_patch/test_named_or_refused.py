@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import kvkern
 from kvkern import SpecMismatchError, UnsupportedError
+from kvkern.model_patch import as_configured
 from kvkern.model_patch.as_configured import unnamed_change
 from kvkern.model_patch.computing import prefill
 from kvkern.model_patch.identity import spec_of
@@ -379,3 +381,49 @@ def test_raises_publish__dynamic_rope_that_remembers_a_longer_prompt(store: kvke
         store.open(digest, model)
     fresh = tiny("llama", **arguments)
     assert store.publish(fresh, doc, attention="model").tokens == len(doc)
+
+
+def test_open__threads_leave_torchs_initialisation_alone(store: kvkern.Store, doc: list[int]) -> None:
+    """What a configuration builds is built without a switch that holds for the whole process."""
+    model = tiny("qwen3", num_hidden_layers=12)
+    digest = store.publish(model, doc).digest
+    before = (nn.init.normal_, PreTrainedModel.init_weights, torch.get_default_dtype(), torch.get_rng_state())
+    seen = []
+
+    def read() -> None:
+        as_configured._expected_of.cache_clear()
+        store.open(digest, model)
+        seen.append((nn.init.normal_, PreTrainedModel.init_weights, torch.get_default_dtype()))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    built = [nn.Linear(64, 64).weight.std().item() for _ in range(50)]
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {before[:3]} and len(seen) == 8
+    assert all(0.05 < std < 0.1 for std in built)
+    state = torch.get_rng_state()
+    as_configured._expected_of.cache_clear()
+    store.open(digest, model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_raises_open__a_tensor_class_without_memory_is_no_segmentation_fault(store: kvkern.Store, doc) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = tiny("qwen3")
+    digest = store.publish(model, doc).digest
+    projection = model.model.layers[0].mlp.up_proj
+    weight = projection.weight.detach()
+    projection.weight = nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+    with pytest.raises((UnsupportedError, RuntimeError, SpecMismatchError)):
+        store.open(digest, model)
+
+
+def test_raises_open__a_builtin_function_in_the_place_of_another(store: kvkern.Store, doc: list[int]) -> None:
+    model = tiny("qwen3", hidden_act="gelu")
+    digest = store.publish(model, doc).digest
+    model.model.layers[0].mlp.act_fn.act = torch.relu
+    with pytest.raises(UnsupportedError, match=r"act_fn\.act is <built-in"):
+        store.open(digest, model)

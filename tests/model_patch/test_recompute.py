@@ -237,3 +237,41 @@ def test_raises_distance__another_lora_alpha(real, store: kvkern.Store) -> None:
     assert compare_distances(same, model).rule == "distance"
     with pytest.raises(KVMismatchError, match="relative distance"):
         compare_distances(louder, model)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
+            "factor": 4.0, "original_max_position_embeddings": 128}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("tokens", [100, 128, 129, 300])
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_recompute__frequencies_are_those_of_the_documents_own_length(rope, tokens: int, store: kvkern.Store) -> None:
+    """64 tokens alone would be rotated by those of 64."""
+    longest = 512 if rope is LONGROPE else 128
+    for attention in ("eager", "sdpa"):
+        model = tiny("llama", rope_parameters=rope, max_position_embeddings=longest)
+        model.set_attn_implementation(attention)
+        digest = store.publish(model, ids_of(tokens), attention="model").digest
+        reader = tiny("llama", rope_parameters=rope, max_position_embeddings=longest)
+        store.open(digest, reader, check="recompute")
+        half = served(store, digest, reader, tokens // 2)
+        rules.recompute(half, reader)
+
+
+def test_raises_recompute__an_attention_function_that_somebody_has_registered(store: kvkern.Store) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, ids = tiny("qwen3"), ids_of(100)
+    digest = store.publish(model, ids).digest
+    for name in ("eager", "sdpa", "kvkern"):
+        ALL_ATTENTION_FUNCTIONS[name] = lambda *_, **__: None
+        try:
+            with pytest.raises(kvkern.UnsupportedError, match=f"implementation '{name}' is a function of"):
+                store.open(digest, model, check="recompute")
+            if name != "sdpa":
+                with pytest.raises(kvkern.UnsupportedError, match="is a function of|is not stock eager"):
+                    store.publish(model, ids)
+        finally:
+            del ALL_ATTENTION_FUNCTIONS[name]
+    store.open(digest, model, check="recompute")
