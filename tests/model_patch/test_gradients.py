@@ -12,7 +12,7 @@ from tests.support.bits import differing
 
 
 @pytest.mark.parametrize("scope", ["attention", "model"])
-def test_raises_backward__in_eval_mode(scope: str, doc: list[int]) -> None:
+def test_raises_backward__in_eval_mode(scope: str, doc: list[int], trusted_tables) -> None:
     model = tiny("qwen3")
     kvkern.patch(model, scope=scope)
     logits = model(torch.tensor([doc])).logits
@@ -23,7 +23,7 @@ def test_raises_backward__in_eval_mode(scope: str, doc: list[int]) -> None:
 
 
 @pytest.mark.parametrize("scope", ["attention", "model"])
-def test_raises_forward__in_training_mode(scope: str, doc: list[int]) -> None:
+def test_raises_forward__in_training_mode(scope: str, doc: list[int], trusted_tables) -> None:
     model = tiny("qwen3")
     kvkern.patch(model, scope=scope)
     with pytest.raises(UnsupportedError, match="gradient"):

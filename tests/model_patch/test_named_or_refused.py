@@ -332,7 +332,7 @@ def test_publish__a_compiled_model_is_recorded_where_it_ran(change, store: kvker
     assert "compiled" not in store.open(store.publish(model, doc).digest, model).spec.producer_info
 
 
-def test_scope__hooks_of_output_capture_are_no_obstacle(store: kvkern.Store, doc: list[int]) -> None:
+def test_scope__hooks_of_output_capture_are_no_obstacle(store: kvkern.Store, doc: list[int], trusted_tables) -> None:
     model = captured(tiny("qwen3"))
     kvkern.patch(model, scope="model")
     expected = tiny("qwen3")

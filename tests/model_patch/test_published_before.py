@@ -57,8 +57,9 @@ def test_open__a_document_of_before(made_by: str, store: kvkern.Store) -> None:
     assert store.verify().ok
 
 
+@needs_stock_order  # another mathematical library may make another RoPE table, whose digest is in this spec
 def test_spec__of_a_model_without_adapters_is_that_of_before() -> None:
-    """Held without running the model: the same on every host."""
+    """Held without running the model."""
     assert spec_of(small(), producer="contract").digest == SPEC_DIGEST_OF_CONTRACT
 
 

@@ -104,7 +104,9 @@ def test_raises_recompute__the_wrong_run_rule(store: kvkern.Store, monkeypatch: 
         store.open(digest, model, check="recompute")
 
 
-def test_recompute__a_contract_document_has_its_bits_on_every_host(store: kvkern.Store, doc: list[int]) -> None:
+def test_recompute__a_contract_document_has_its_bits_on_every_host(
+    store: kvkern.Store, doc: list[int], trusted_tables
+) -> None:
     model = tiny("qwen3")
     digest = store.publish(model, doc, producer="contract").digest
     assert store.open(digest, model, check="recompute").recomputed.rule == "bits"
