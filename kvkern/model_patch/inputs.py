@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from kvkern.model_patch.cache import PrefixCache
     from kvkern.model_patch.store import Prefix
@@ -52,10 +53,26 @@ def prepare(
         ids, _ = pad_left(rows, None, pad_id=pad_id)
     full_mask = cache.announce(mask, whole_prompt=whole_prompt)
     inputs = {"input_ids": ids, "attention_mask": full_mask.long()}
+    if not bool(full_mask.all()):
+        _require_positions_from_zero(prefix.model)
     if not whole_prompt and not bool(full_mask.all()):  # otherwise transformers finds the positions itself
         inputs["position_ids"] = (cache.lens[:, None] + (mask.cumsum(1) - 1).clamp_min(0)).long()
     device = prefix.model.device
     return {**{name: tensor.to(device) for name, tensor in inputs.items()}, "past_key_values": cache}
+
+
+def _require_positions_from_zero(model: PreTrainedModel) -> None:
+    """Refuse padded rows for models that count positions from their padding id, as RoBERTa does.
+
+    Raises:
+        UnsupportedError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if hasattr(type(module), "create_position_ids_from_input_ids"):
+            raise UnsupportedError(
+                f"{type(model).__name__}.{name} counts positions from its padding id: give rows of one length to "
+                "prepare(), or one row at a time"
+            )
 
 
 def pad_left(input_ids: TokenIds, attention_mask: Tensor | None, *, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -144,3 +144,17 @@ def test_as_configured__buffers_of_other_dtypes_and_integers(family: str) -> Non
     from tests.support import families
 
     assert unnamed_change(families.build(family)) is None
+
+
+def test_raises_prepare__padded_rows_where_positions_are_counted_from_the_padding_id(store: kvkern.Store) -> None:
+    from tests.support import families
+
+    model = families.build("roberta", is_decoder=True)
+    ids = torch.randint(3, 100, (70,)).tolist()
+    digest = store.publish(model, ids, attention="model").digest
+    expected = model(torch.tensor([[5, 6, 7]]), past_key_values=stock_cache(model, ids)).logits
+    kvkern.patch(model, allow_other_bits=True)
+    prefix = store.open(digest, model)
+    assert (model(**prefix.prepare([5, 6, 7])).logits - expected).abs().max() < 0.1 * expected.abs().max()
+    with pytest.raises(UnsupportedError, match="counts positions from its padding id"):
+        prefix.prepare([[5, 6, 7], [8]])
