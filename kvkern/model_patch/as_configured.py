@@ -47,8 +47,8 @@ def require_as_configured(model: PreTrainedModel, *, to_publish: bool = False) -
     """Refuse a model that computes something which no field of a KVSpec names.
 
     Args:
-        to_publish: refuse frequencies of dynamic RoPE that an earlier, longer prompt has left, too.
         model: a causal LM, patched or not; adapters, quantisation, accelerate's placement, `torch.compile` are known.
+        to_publish: refuse frequencies of dynamic RoPE that an earlier, longer prompt has left, too.
 
     Raises:
         UnsupportedError: naming the module and the hook, forward, attribute or buffer.

@@ -48,10 +48,9 @@ def publisher_of(model: PreTrainedModel, attention: str, tokens: int) -> tuple[P
     register()
     require_known_attention(IMPLEMENTATION)
     own = model.config._attn_implementation
-    if own == "eager":
-        require_known_attention(own)
     if own != "eager":
         return attending_by(model, IMPLEMENTATION), IMPLEMENTATION
+    require_known_attention(own)
     is_equal = model.device.type == "cpu" and tokens > PARITY_TOKENS and stock_order().follows
     return attending_by(model, IMPLEMENTATION if is_equal else own), own
 
